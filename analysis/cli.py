@@ -1,0 +1,97 @@
+"""`fastbp-report SOURCE... --out DIR`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from analysis.errors import ReportError
+from analysis.measured import Group
+from analysis.report import Report, build, write
+from analysis.summary import answer
+from analysis.table import Column, Table, text
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def report(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SOURCE...", help="Results folder, records file, or mlflow:EXPERIMENT.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the report; made if it does not exist.")] = Path("report"),
+    allow_mixed: Annotated[
+        bool, typer.Option("--allow-mixed", help="Accept unlike hardware or software, one section for each.")
+    ] = False,
+) -> None:
+    """Report accuracy against training time: Pareto table and figure, time to target, control split, counts."""
+    try:
+        write_report(sources, out, allow_mixed=allow_mixed)
+    except ReportError as error:
+        Console(stderr=True, soft_wrap=True).print(Text(f"fastbp-report: {error}"))
+        raise typer.Exit(2) from None
+
+
+def write_report(
+    sources: list[str], out: Path, allow_mixed: bool = False, console: Console | None = None
+) -> Path:
+    """Write the report, print its Pareto tables and where it is; returns the path of the HTML page.
+
+    Raises:
+        ReportError: the sources cannot be read or compared, or the folder cannot be written.
+    """
+    console = console or Console()
+    made = build(sources, allow_mixed=allow_mixed)
+    page = write(made, out)
+    print_report(made, console)
+    console.print(Text(f"report: {page}"), soft_wrap=True)
+    return page
+
+
+def print_report(made: Report, console: Console) -> None:
+    """Headline and Pareto table of every group, then what was left out."""
+    for section in made.sections:
+        console.print(_rich_table(section.group, section.tables[0]))
+        console.print(Text(answer(section.group).headline))
+        console.print()
+    if not made.sections:
+        console.print("No measured runs: only a `measure` part gives times that can be compared.")
+    runs = made.results.runs["status"].value_counts()
+    bad = [f"{runs[status]} {status}" for status in ("failed", "diverged", "stopped", "running") if status in runs]
+    if bad:
+        console.print(Text(f"Runs that did not finish: {', '.join(bad)}; the report says why."))
+    for reason, count in made.excluded.items():
+        console.print(Text(f"Left out of the times: {count} finished runs that {reason}."))
+    for problem in made.results.problems:
+        console.print(Text(f"note: {problem}"))
+
+
+def _rich_table(group: Group, pareto: Table) -> RichTable:
+    """The Pareto table in at most 100 columns of text: fewer columns, intervals under their values."""
+    shown = {
+        "arm": "arm",
+        "n": "n",
+        "accuracy": f"{group.accuracy_name.removesuffix(' accuracy')} acc. (%)",
+        "seconds": "train time (s)",
+        "speed_up": "speed-up",
+        "on_front": "front",
+        "p_front": "P(front)",
+    }
+    out = RichTable(title=Text(group.title), title_justify="left", title_style="bold")
+    for key, title in shown.items():
+        out.add_column(title, justify="left" if key == "arm" else "right", overflow="fold")
+    columns: dict[str, Column] = {c.key: c for c in pareto.columns}
+    for row in pareto.rows:
+        cells = [text(row.get(key), columns[key]) for key in shown]
+        out.add_row(*(Text(c.replace(" [", "\n[")) for c in cells), style="dim" if row["role"] == "control" else None)
+    return out
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,152 @@
+"""Tables that count: what was planned, what became of it, and what the search tried."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pandas as pd
+
+from analysis import labels
+from analysis.load import Results
+from analysis.table import Column, Table
+
+ENDS = ("finished", "stopped", "failed", "diverged")
+
+
+def summary_table(results: Results) -> Table:
+    """Runs per sweep, phase, arm and role by how they ended, and how many of the planned ones are missing."""
+    found = {key: part for key, part in results.runs.groupby(["sweep", "phase", "arm", "role"], sort=True)}
+    planned = planned_cells(results)
+    order = {(s["sweep"], arm): i for s in results.sweeps for i, arm in enumerate(s["arms"])}
+    keys = sorted(
+        {*found, *planned}, key=lambda k: (k[0], k[1] != "search", order.get((k[0], k[2]), len(order)), k)
+    )
+    rows = []
+    for key in keys:
+        part = found.get(key)
+        count = Counter() if part is None else Counter(part["status"])
+        plan = planned.get(key)
+        if plan is None and key[3] == "control" and part is not None:
+            plan = _control_plan(results, part)
+        missing = None if plan is None else max(plan - sum(count[end] for end in ENDS) - count["running"], 0)
+        rows.append(
+            dict(zip(("sweep", "phase", "arm", "role"), key, strict=True))
+            | {
+                "planned": plan,
+                **{end: count[end] for end in ENDS},
+                "running": count["running"],
+                "missing": missing,
+            }
+            | {"reasons": "" if part is None else reasons(part)}
+        )
+    columns = (
+        *(Column(k, k) for k in ("sweep", "phase", "arm", "role")),
+        *(Column(k, k, "count") for k in ("planned", *ENDS)),
+        Column("running", "unfinished", "count"),
+        Column("missing", "missing", "count"),
+        Column("reasons", "reasons", null=""),
+    )
+    return Table("summary", "What became of every run", _summary_caption(results), columns, rows)
+
+
+def planned_cells(results: Results) -> dict[tuple[str, str, str, str], int]:
+    """(sweep, phase, arm, role) to planned runs; controls are planned only where the method has one."""
+    baselines = {(run.sweep, run.arm) for run in results.runs.itertuples() if run.role == "baseline"}
+    settings = _settings_per_cell(results.runs)
+    out = {}
+    for sweep in results.sweeps:
+        for arm in sweep["arms"]:
+            role = "baseline" if (sweep["sweep"], arm) in baselines or arm == "bp" else "method"
+            if sweep["search_trials"]:
+                out[sweep["sweep"], "search", arm, role] = sweep["search_trials"]
+            if sweep["seeds"]:
+                key = (sweep["sweep"], "measure", arm, role)
+                out[key] = len(sweep["seeds"]) * settings.get(key, 1)
+    return out
+
+
+def _control_plan(results: Results, part: pd.DataFrame) -> int | None:
+    name = part["sweep"].iloc[0]
+    seeds = next((s["seeds"] for s in results.sweeps if s["sweep"] == name), [])
+    count = _settings_per_cell(part)
+    return len(seeds) * max(count.values()) if seeds else None
+
+
+def _settings_per_cell(runs: pd.DataFrame) -> dict[Any, int]:
+    """(sweep, phase, arm, role) to the number of different settings and tasks measured in it."""
+    seen: dict[Any, set[str]] = {}
+    for run in runs.itertuples():
+        key = (run.sweep, run.phase, run.arm, run.role)
+        seen.setdefault(key, set()).add(labels.canonical([run.task, run.method, run.recipe]))
+    return {key: len(values) for key, values in seen.items()}
+
+
+def _summary_caption(results: Results) -> str:
+    caption = "Every run of the records, none dropped."
+    for sweep in results.sweeps:
+        if sweep["measure_cells"]:
+            runs = results.runs[
+                (results.runs["sweep"] == sweep["sweep"]) & (results.runs["phase"] == "measure")
+            ]
+            done = int((runs["status"] == "finished").sum())
+            caption += f" {sweep['sweep'] or 'The sweep'}: {done} of {sweep['measure_cells']} planned measured runs finished."
+    if not results.sweeps:
+        caption += " There is no sweep record, so what was planned is unknown."
+    return caption
+
+
+def reasons(runs: pd.DataFrame) -> str:
+    """Why runs did not finish, most frequent first."""
+    ended = runs[runs["status"].isin(ENDS[1:])]
+    count = Counter(f"{run.status}: {run.reason or 'no reason given'}" for run in ended.itertuples())
+    ordered = sorted(count.items(), key=lambda item: (-item[1], item[0]))
+    parts = [f"{reason} ({n}×)" if n > 1 else reason for reason, n in ordered[:3]]
+    more = sum(n for _, n in ordered[3:])
+    return "; ".join(parts) + (f"; {more} more" if more else "")
+
+
+def search_table(results: Results) -> Table:
+    """What the search tried per arm and what it found."""
+    runs = results.runs[results.runs["phase"] == "search"]
+    order = {(s["sweep"], arm): i for s in results.sweeps for i, arm in enumerate(s["arms"])}
+    rows = []
+    cells = sorted(runs.groupby(["sweep", "arm"]), key=lambda c: (c[0][0], order.get(c[0], len(order)), c[0]))
+    for (sweep, arm), part in cells:
+        values = [labels.settings(m, r) for m, r in zip(part["method"], part["recipe"], strict=True)]
+        scored = part[(part["status"] == "finished") & part["val_accuracy"].notna()]
+        best = None if scored.empty else scored.loc[scored["val_accuracy"].idxmax()]
+        rows.append(
+            {
+                "sweep": sweep,
+                "arm": arm,
+                "trials": len(part),
+                "best": None if best is None else best["val_accuracy"],
+            }
+            | {end: int((part["status"] == end).sum()) for end in ENDS}
+            | {"setting": None if best is None else _best_setting(best, labels.varying(values))}
+            | {"seconds": float(part["train_seconds"].sum())}
+        )
+    columns = (
+        Column("sweep", "sweep"),
+        Column("arm", "arm"),
+        Column("trials", "trials", "count"),
+        *(Column(end, end, "count") for end in ENDS),
+        Column("best", "best validation accuracy", "percent"),
+        Column("setting", "best setting"),
+        Column("seconds", "search time, not comparable", "seconds"),
+    )
+    caption = (
+        "Finished trials ranked by their final validation accuracy. Trials may share a device and stop early, so "
+        "their seconds add up to a cost but compare nothing."
+    )
+    trials = {row["trials"] for row in rows}
+    if len(trials) > 1:
+        caption += (
+            f" The trial counts differ ({min(trials)} to {max(trials)}): the arms were not tuned equally."
+        )
+    return Table("search", "What the search found", caption, columns, rows)
+
+
+def _best_setting(run: pd.Series, show: list[str]) -> str:
+    return labels.label(labels.family(run["method"]), labels.settings(run["method"], run["recipe"]), show)

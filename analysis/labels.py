@@ -1,0 +1,122 @@
+"""Names that people read: methods, settings, tasks, devices; and one colour per method family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method family is drawn everywhere: colour on light and on dark ground, matplotlib marker."""
+
+    light: str
+    dark: str
+    marker: str
+
+
+# Okabe-Ito hues, which stay apart under the common colour-vision deficiencies, lightened for dark ground.
+_FIXED = {
+    "bp": Style("#3d4450", "#d5dae2", "s"),
+    "ldb": Style("#0068a8", "#5db8f0", "o"),
+    "dbp": Style("#c24e00", "#ff8f4a", "^"),
+    "highway": Style("#00805e", "#2ec99c", "D"),
+    "ddg": Style("#a8408a", "#e592c4", "v"),
+}
+_OTHERS = (
+    Style("#8a6400", "#f0c04a", "P"),
+    Style("#5b4bb5", "#a99cf5", "X"),
+    Style("#a01c3a", "#f2718d", "<"),
+    Style("#4c7a12", "#a5d65a", ">"),
+    Style("#1d7a8a", "#63cfe0", "p"),
+    Style("#7d5a4a", "#cfa692", "h"),
+)
+
+
+def family(method: dict[str, Any]) -> str:
+    """The methods of a combination, outermost first, without their settings: `dbp+ldb`; plain backprop is `bp`."""
+    names: list[str] = []
+    part: Any = method
+    while isinstance(part, dict) and part:
+        names.append(str(part.get("method", "unknown")))
+        part = part.get("inner")
+    if len(names) > 1 and names[-1] == "bp":
+        names.pop()
+    return "+".join(names) or "unknown"
+
+
+def styles(families: Iterable[str]) -> dict[str, Style]:
+    """One style per family; the five methods always have the same, others are served in alphabetical order."""
+    others = sorted(set(families) - set(_FIXED))
+    return {**_FIXED, **{name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}}
+
+
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings with dotted names.
+
+    >>> flatten({"method": "ldb", "inner": {"method": "bp"}})
+    {'method': 'ldb', 'inner.method': 'bp'}
+    """
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            out |= flatten(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out
+
+
+def settings(method: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """All settings of a run by dotted name; the recipe's have the prefix `recipe.`, method names are left out."""
+    flat = {k: v for k, v in flatten(method).items() if k.rpartition(".")[2] != "method"}
+    return flat | {f"recipe.{k}": v for k, v in flatten(recipe).items()}
+
+
+def varying(all_settings: Iterable[dict[str, Any]]) -> list[str]:
+    """Names whose value is not the same in all, in order of first appearance."""
+    items = list(all_settings)
+    names = dict.fromkeys(name for item in items for name in item)
+    return [n for n in names if len({canonical(item.get(n)) for item in items}) > 1]
+
+
+def label(family_name: str, values: dict[str, Any], show: Iterable[str]) -> str:
+    """A short label such as `ldb(drop_rate=0.5) lr=0.1`, with the settings named in `show`."""
+    wanted = [n for n in show if n in values]
+    own = ", ".join(f"{n}={plain(values[n])}" for n in wanted if not n.startswith("recipe."))
+    recipe = ", ".join(
+        f"{n.removeprefix('recipe.')}={plain(values[n])}" for n in wanted if n.startswith("recipe.")
+    )
+    return (f"{family_name}({own})" if own else family_name) + (f" {recipe}" if recipe else "")
+
+
+def plain(value: Any) -> str:
+    """A setting's value, numbers to four significant digits."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return value if isinstance(value, str) else canonical(value)
+
+
+def canonical(value: Any) -> str:
+    """JSON independent of key order."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def task_label(task: dict[str, Any], *, full: bool = False) -> str:
+    """Data and model, with their arguments if `full`."""
+    text = f"{plain(task.get('data', 'unknown data'))}, {plain(task.get('model', 'unknown model'))}"
+    rest = {k: v for k, v in flatten(task).items() if k not in ("data", "model") and v not in ({}, None)}
+    return text + (f" ({', '.join(f'{k}={plain(v)}' for k, v in rest.items())})" if full and rest else "")
+
+
+def stratum(device: dict[str, Any], software: dict[str, Any]) -> str:
+    """Hardware and software that must agree before seconds are compared."""
+    name = str(device.get("name") or device.get("type") or "unknown device")
+    kind = str(device.get("type") or "unknown")
+    count, threads = device.get("count"), device.get("threads")
+    text = name if kind.lower() in name.lower() else f"{name} ({kind})"
+    text += f" ×{count}" if isinstance(count, int) and count > 1 else ""
+    text += f", {threads} thread{'' if threads == 1 else 's'}" if threads is not None else ""
+    text += f", torch {software.get('torch') or 'of unknown version'}"
+    return text + (f", CUDA {software['cuda']}" if software.get("cuda") else "")

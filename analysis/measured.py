@@ -1,0 +1,193 @@
+"""Which runs may be compared on a time axis, and how they group: task and hardware, then arm, then seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import labels
+from analysis.errors import ReportError
+from analysis.load import Results
+from analysis.statistics import Estimate, generator, mean_estimate, median_estimate
+
+ROLE_ORDER = {"baseline": 0, "method": 1, "control": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """The runs of one setting in one role.
+
+    Attributes:
+        name: how the arm is called in this report, unique in its group.
+        setting: short label of the method with the settings in which the arms of its family differ.
+        timed: measured alone, not resumed, finished: one row per seed, index = seed. Everything on a time axis.
+        tried: the same without the condition `finished`; what did not reach a target is counted from here.
+    """
+
+    name: str
+    sweep: str
+    arm: str
+    role: str
+    family: str
+    setting: str
+    values: dict[str, Any]
+    timed: pd.DataFrame
+    tried: pd.DataFrame
+
+    def at(self, column: str, seeds: Iterable[int]) -> np.ndarray:
+        """(seeds,) values of a column, NaN for a seed without a timed run."""
+        return self.timed[column].reindex(list(seeds)).to_numpy(dtype=float)
+
+    @property
+    def n(self) -> int:
+        return len(self.timed)
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Arms that may be compared: one task on one kind of hardware and software."""
+
+    title: str
+    hardware: str
+    slug: str
+    arms: tuple[Arm, ...]
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        return sorted({int(s) for arm in self.arms for s in arm.timed.index})
+
+    @cached_property
+    def accuracy_column(self) -> str:
+        """`test_accuracy`, or `val_accuracy` where a timed run has none."""
+        complete = all(arm.timed["test_accuracy"].notna().all() for arm in self.arms)
+        return "test_accuracy" if complete else "val_accuracy"
+
+    @property
+    def accuracy_name(self) -> str:
+        return "test accuracy" if self.accuracy_column == "test_accuracy" else "validation accuracy"
+
+    @property
+    def candidates(self) -> list[Arm]:
+        """What one could use: baselines and methods with a timed run; controls only explain."""
+        return [arm for arm in self.arms if arm.role != "control" and arm.n]
+
+    def baseline_of(self, arm: Arm) -> Arm | None:
+        """The baseline of the arm's sweep, with as many epochs where there are several."""
+        found = [a for a in self.arms if a.role == "baseline" and a.sweep == arm.sweep and a.n]
+        epochs = arm.values.get("recipe.epochs")
+        return next(
+            (a for a in found if a.values.get("recipe.epochs") == epochs), found[0] if found else None
+        )
+
+    def control_of(self, arm: Arm) -> Arm | None:
+        """The arm's control: same sweep, arm name and recipe."""
+        found = [a for a in self.arms if a.role == "control" and a.sweep == arm.sweep and a.arm == arm.arm]
+        found = [a for a in found if a.n]
+        same = [a for a in found if _recipe(a.values) == _recipe(arm.values)]
+        return (same or found or [None])[0]
+
+    @lru_cache(maxsize=512)  # noqa: B019  a handful of groups per report
+    def accuracy(self, arm: Arm) -> Estimate:
+        return mean_estimate(arm.timed[self.accuracy_column], bounds=(0.0, 1.0))
+
+    @lru_cache(maxsize=512)  # noqa: B019
+    def seconds(self, arm: Arm) -> Estimate:
+        return median_estimate(arm.timed["train_seconds"], generator("seconds", self.title, arm.name))
+
+
+def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Group]:
+    """Groups of measured runs, in order of task and hardware.
+
+    Raises:
+        ReportError: measured runs of unlike hardware or software, and `allow_mixed` is false.
+    """
+    runs = results.runs[results.runs["phase"] == "measure"].copy()
+    if runs.empty:
+        return []
+    pairs = zip(runs["device"], runs["software"], strict=True)
+    runs["stratum"] = [labels.stratum(device, software) for device, software in pairs]
+    strata = sorted(set(runs["stratum"]))
+    if len(strata) > 1 and not allow_mixed:
+        raise ReportError(
+            f"the measured runs come from {len(strata)} kinds of hardware or software ({'; '.join(strata)}), whose "
+            "seconds cannot be compared; report them apart, or pass --allow-mixed for one section each"
+        )
+    runs["task_key"] = [labels.canonical(task) for task in runs["task"]]
+    tasks = {key: task for key, task in zip(runs["task_key"], runs["task"], strict=True)}
+    short = [labels.task_label(task) for task in tasks.values()]
+    order = _arm_order(results)
+    groups: list[Group] = []
+    for (key, stratum), part in runs.groupby(["task_key", "stratum"], sort=True):
+        task = tasks[str(key)]
+        title = labels.task_label(task, full=short.count(labels.task_label(task)) > 1)
+        title += f" — {stratum}" if len(strata) > 1 else ""
+        groups.append(Group(title, str(stratum), f"group{len(groups) + 1}", _arms(part, order)))
+    return groups
+
+
+def left_out(results: Results, groups: Iterable[Group]) -> dict[str, int]:
+    """Measured runs that finished but are not drawn on a time axis, by reason."""
+    runs = results.runs[(results.runs["phase"] == "measure") & (results.runs["status"] == "finished")]
+    usable = runs["exclusive"] & ~runs["resumed"]
+    timeless = int((usable & runs["train_seconds"].isna()).sum())
+    counts = {
+        "shared their device with other work": int((~runs["exclusive"]).sum()),
+        "were resumed from a checkpoint": int((runs["exclusive"] & runs["resumed"]).sum()),
+        "have no training time": timeless,
+        "repeat a seed of the same arm": int(usable.sum())
+        - timeless
+        - sum(a.n for g in groups for a in g.arms),
+    }
+    return {reason: count for reason, count in counts.items() if count}
+
+
+def _arm_order(results: Results) -> dict[tuple[str, str], int]:
+    """(sweep, arm) to its place in the sweep file."""
+    return {(s["sweep"], arm): i for s in results.sweeps for i, arm in enumerate(s["arms"])}
+
+
+def _arms(runs: pd.DataFrame, order: dict[tuple[str, str], int]) -> tuple[Arm, ...]:
+    """Arms of one group, in the order of the sweep files, the baseline first and controls behind their method."""
+    runs = runs.assign(
+        family=[labels.family(method) for method in runs["method"]],
+        values=[labels.settings(m, r) for m, r in zip(runs["method"], runs["recipe"], strict=True)],
+    )
+    runs["setting_key"] = [labels.canonical(v) for v in runs["values"]]
+    several_sweeps = runs["sweep"].nunique() > 1
+    cells = [(key, part) for key, part in runs.groupby(["sweep", "arm", "role", "setting_key"], sort=True)]
+    cells.sort(key=lambda cell: _place(cell[0], order))
+    count: dict[tuple[str, ...], int] = {}
+    for (sweep, arm, role, _), _part in cells:
+        count[sweep, arm, role] = count.get((sweep, arm, role), 0) + 1
+    arms = []
+    for (sweep, arm, role, _), part in cells:
+        first = part.iloc[0]
+        relatives = runs[runs["family"] == first["family"]]
+        show = [n for n in labels.varying(relatives["values"]) if not n.startswith("recipe.")]
+        show += [n for n in labels.varying(runs["values"]) if n.startswith("recipe.")]
+        setting = labels.label(str(first["family"]), first["values"], show)
+        name = f"{sweep}/{arm}" if several_sweeps else str(arm)
+        if count[sweep, arm, role] > 1:
+            own = [p.iloc[0]["values"] for k, p in cells if k[:3] == (sweep, arm, role)]
+            name = labels.label(name, first["values"], labels.varying(own))
+        name += " (control)" if role == "control" else ""
+        tried = part[part["exclusive"] & ~part["resumed"] & (part["status"] != "running")]
+        tried = tried.drop_duplicates("seed").set_index("seed")  # a repeated seed is no second sample
+        timed = tried[(tried["status"] == "finished") & tried["train_seconds"].notna()]
+        arms.append(Arm(name, sweep, arm, role, str(first["family"]), setting, first["values"], timed, tried))
+    return tuple(arms)
+
+
+def _place(key: Any, order: dict[tuple[str, str], int]) -> tuple[Any, ...]:
+    sweep, arm, role, setting = key
+    first = 0 if role == "baseline" else 1
+    return sweep, first, order.get((sweep, arm), len(order)), arm, ROLE_ORDER[role], setting
+
+
+def _recipe(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k.startswith("recipe.")}

@@ -1,0 +1,158 @@
+"""The report: tables, figures, HTML and Markdown of a set of records; the same bytes for the same records."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from analysis import counts, plot, table, tables
+from analysis.errors import ReportError
+from analysis.figures import figures
+from analysis.labels import Style, styles
+from analysis.load import Results, load
+from analysis.measured import Group, left_out, measured_groups
+from analysis.summary import Answer, answer
+
+WIDE, NARROW = (860, 460), (380, 380)  # pixels of the plots on a desk and on a phone
+
+MARKERS = {
+    "s": "M-5.5,-5.5H5.5V5.5H-5.5Z",
+    "o": "M-6.2,0A6.2,6.2 0 1 0 6.2,0A6.2,6.2 0 1 0 -6.2,0Z",
+    "^": "M0,-7L6.6,5.4H-6.6Z",
+    "v": "M0,7L6.6,-5.4H-6.6Z",
+    "D": "M0,-7.4L7.4,0L0,7.4L-7.4,0Z",
+    "<": "M-7,0L5.4,-6.6V6.6Z",
+    ">": "M7,0L-5.4,-6.6V6.6Z",
+    "P": "M-2.4,-6.6H2.4V-2.4H6.6V2.4H2.4V6.6H-2.4V2.4H-6.6V-2.4H-2.4Z",
+    "X": "M0,-3L3.6,-6.6L6.6,-3.6L3,0L6.6,3.6L3.6,6.6L0,3L-3.6,6.6L-6.6,3.6L-3,0L-6.6,-3.6L-3.6,-6.6Z",
+    "p": "M0,-7L6.7,-2.2L4.1,5.7H-4.1L-6.7,-2.2Z",
+    "h": "M0,-7L6,-3.5V3.5L0,7L-6,3.5V-3.5Z",
+}
+"""matplotlib's marker to the same shape as an SVG path around the origin."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One group with everything the report says about it."""
+
+    group: Group
+    answer: Answer
+    tables: list[table.Table]
+    pareto_plots: list[plot.Plot]
+    curve_plots: list[plot.Plot]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sections, and the tables over all runs."""
+
+    results: Results
+    sections: list[Section]
+    overview: list[table.Table]
+    excluded: dict[str, int]
+    styles: dict[str, Style]
+
+
+def build(sources: Iterable[str | Path], *, allow_mixed: bool = False) -> Report:
+    """Read and compute everything, write nothing.
+
+    Raises:
+        ReportError: the sources cannot be read or may not be compared.
+    """
+    results = load(list(sources))
+    groups = measured_groups(results, allow_mixed=allow_mixed)
+    overview = [counts.summary_table(results), counts.search_table(results)]
+    return Report(
+        results,
+        [_section(group, results) for group in groups],
+        [t for t in overview if t.rows],
+        left_out(results, groups),
+        styles(arm.family for group in groups for arm in group.arms),
+    )
+
+
+def _section(group: Group, results: Results) -> Section:
+    made = [
+        tables.pareto_table(group),
+        tables.target_table(group, results),
+        tables.control_table(group),
+        tables.segment_table(group),
+    ]
+    shown = bool(group.candidates)
+    return Section(
+        group,
+        answer(group),
+        [t for t in made if t.rows],
+        [plot.pareto_plot(group, *size) for size in (WIDE, NARROW) if shown],
+        [plot.curve_plot(group, results.epochs, *size) for size in (WIDE, NARROW) if shown],
+    )
+
+
+def write(report: Report, out: Path) -> Path:
+    """Write all files of the report into a folder and return the path of the HTML page.
+
+    Raises:
+        ReportError: the folder cannot be written.
+    """
+    try:
+        for name, content in files(report):
+            _write_file(out / name, content)
+    except OSError as error:
+        raise ReportError(f"{out}: cannot write the report there ({error.strerror})") from error
+    return out / "report.html"
+
+
+def files(report: Report) -> Iterator[tuple[str, bytes]]:
+    """Paths inside the report folder and their contents."""
+    for one in all_tables(report):
+        formats = {"csv": table.to_csv, "json": table.to_json, "tex": table.to_latex}
+        for suffix, form in formats.items():
+            yield f"tables/{one.name}.{suffix}", form(one).encode()
+    for section in report.sections:
+        for name, content in figures(section.group, report.results.epochs, report.styles):
+            yield f"figures/{name}", content
+    yield "report.md", _render("report.md.j2", report, html=False)
+    yield "report.html", _render("report.html.j2", report, html=True)
+
+
+def all_tables(report: Report) -> list[table.Table]:
+    """Each table once, the sections' joined with the group in the first column."""
+    names = dict.fromkeys(t.name for s in report.sections for t in s.tables)
+    found = [
+        table.joined([(s.group.title, t) for s in report.sections for t in s.tables if t.name == name]) for name in names
+    ]
+    return [*found, *report.overview]
+
+
+def _render(template: str, report: Report, *, html: bool) -> bytes:
+    environment = Environment(
+        loader=PackageLoader("analysis"),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "md": table.markdown,
+        "markdown_table": table.to_markdown,
+        "header": table.header,
+        "cell": table.text,
+        "sort_key": table.sort_key,
+    }
+    families = {name: i for i, name in enumerate(sorted(report.styles))}
+    environment.globals |= {"markers": MARKERS, "families": families, "styles": report.styles}
+    page = environment.get_template(template).render(report=report)
+    return page.encode()
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    """Replace a file in one step, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    part.write_bytes(content)
+    os.replace(part, path)

@@ -1,0 +1,216 @@
+"""One table, written as text, CSV, JSON, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from analysis.statistics import Estimate
+
+Kind = Literal[
+    "text", "count", "percent", "points", "seconds", "difference", "ratio", "share", "flag", "bytes", "number"
+]
+UNITS = {"percent": "%", "points": "percentage points", "seconds": "s", "difference": "s", "bytes": "MiB"}
+_FACTORS = {"percent": 100.0, "points": 100.0, "bytes": 2.0**-20}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: `key` into the rows, what stands above it, and how its values read; `null` stands for unknown."""
+
+    key: str
+    title: str
+    kind: Kind = "text"
+    null: str = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of raw values by column key: text, int, float, bool, Estimate or None."""
+
+    name: str
+    title: str
+    caption: str
+    columns: Sequence[Column]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def cells(self, row: dict[str, Any]) -> list[str]:
+        return [text(row.get(column.key), column) for column in self.columns]
+
+
+def text(value: Any, column: Column) -> str:
+    """A value as people read it, its interval in brackets."""
+    if isinstance(value, Estimate):
+        return column.null if value.value is None else estimate(value, column.kind)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return column.null
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if isinstance(value, str) else number(value, column.kind)
+
+
+def estimate(e: Estimate, kind: Kind) -> str:
+    """A known estimate, its interval in brackets with as many decimals as the value."""
+    assert e.value is not None
+    if e.low is None or e.high is None:
+        return number(e.value, kind)
+    return f"{number(e.value, kind)} [{number(e.low, kind, like=e.value)}, {number(e.high, kind, like=e.value)}]"
+
+
+def number(value: float, kind: Kind, *, like: float | None = None) -> str:
+    """A number with the digits that its kind deserves, or that `like` would get, and with its sign × if a ratio.
+
+    Units stand in the header.
+    """
+    if math.isinf(value):
+        return "not reached" if kind == "seconds" else "∞"
+    value *= _FACTORS.get(kind, 1.0)
+    if kind in ("seconds", "difference"):
+        known = value if like is None or math.isinf(like) else like
+        out = f"{value:.{decimals(known)}f}" if abs(known) >= 1e-4 or known == 0 else f"{value:.2e}"
+    elif kind in ("percent", "points", "ratio", "share"):
+        out = f"{value:.2f}"
+    else:
+        out = {"count": f"{value:.0f}", "bytes": f"{value:.1f}"}.get(kind, f"{value:.4g}")
+    if float(out) == 0:
+        out = out.replace("-", "")
+    elif kind in ("points", "difference") and value > 0:
+        out = f"+{out}"
+    return out.replace("-", "−") + ("×" if kind == "ratio" else "")
+
+
+def decimals(value: float, digits: int = 3) -> int:
+    """Decimals that show a number to at least so many significant digits.
+
+    >>> [f"{x:.{decimals(x)}f}" for x in (0.01234, 1.234, 9.997, 12345.6, 0)]
+    ['0.0123', '1.23', '10.0', '12346', '0']
+    """
+    if value == 0:
+        return 0
+    magnitude = math.floor(math.log10(float(f"{abs(value):.{digits - 1}e}")))
+    return max(digits - 1 - magnitude, 0)
+
+
+def sort_key(value: Any) -> float | str:
+    """What an interactive table sorts by; unknown sorts last."""
+    if isinstance(value, Estimate):
+        value = value.value
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return value if isinstance(value, str) else float(value)
+
+
+def joined(tables: Sequence[tuple[str, Table]]) -> Table:
+    """The same table of several groups as one, the group in the first column.
+
+    Args:
+        tables: group title and table, at least one; columns may differ and are united.
+    """
+    first = tables[0][1]
+    columns = {c.key: c for _, t in tables for c in t.columns}
+    rows = [{"group": title, **row} for title, table in tables for row in table.rows]
+    return Table(first.name, first.title, first.caption, [Column("group", "group"), *columns.values()], rows)
+
+
+def plain_rows(table: Table) -> list[dict[str, Any]]:
+    """Rows of raw numbers for machines: an estimate becomes `key`, `key_low`, `key_high`, `key_n`; unknown is None.
+
+    Units are those of the records: fractions, seconds, bytes.
+    """
+    estimates = {
+        c.key for c in table.columns if any(isinstance(row.get(c.key), Estimate) for row in table.rows)
+    }
+    out = []
+    for row in table.rows:
+        plain: dict[str, Any] = {}
+        for column in table.columns:
+            value = row.get(column.key)
+            if column.key in estimates:
+                e = value if isinstance(value, Estimate) else Estimate()
+                parts = {"": e.value, "_low": e.low, "_high": e.high, "_n": e.n}
+                plain |= {column.key + suffix: _finite(part) for suffix, part in parts.items()}
+            else:
+                plain[column.key] = _finite(value)
+        out.append(plain)
+    return out
+
+
+def to_csv(table: Table) -> str:
+    rows = plain_rows(table)
+    names = list(rows[0]) if rows else [c.key for c in table.columns]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def to_json(table: Table) -> str:
+    data = {"name": table.name, "title": table.title, "caption": table.caption, "rows": plain_rows(table)}
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def to_markdown(table: Table) -> str:
+    """A pipe table, without title and caption."""
+    head = [markdown(header(c)) for c in table.columns]
+    rule = ["---" if c.kind == "text" else "---:" for c in table.columns]
+    body = [[markdown(cell) for cell in table.cells(row)] for row in table.rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body]) + "\n"
+
+
+def to_latex(table: Table) -> str:
+    """A booktabs table with its caption, to `\\input` into a paper."""
+    align = "".join("l" if c.kind == "text" else "r" for c in table.columns)
+    lines = [[latex(header(c)) for c in table.columns]]
+    lines += [[latex(cell) for cell in table.cells(row)] for row in table.rows]
+    body = [" & ".join(cells) + r" \\" for cells in lines]
+    return "\n".join(
+        [
+            r"\begin{table}",
+            rf"\caption{{{latex(table.title)}. {latex(table.caption)}}}",
+            rf"\begin{{tabular}}{{{align}}}",
+            r"\toprule",
+            body[0],
+            r"\midrule",
+            *body[1:],
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def header(column: Column) -> str:
+    """Title with unit."""
+    unit = UNITS.get(column.kind)
+    return f"{column.title} ({unit})" if unit else column.title
+
+
+def markdown(raw: str) -> str:
+    """Text that Markdown shows literally, on one line."""
+    raw = raw.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\|`*_\[\]#~$])", r"\\\1", re.sub(r"\s+", " ", raw))
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "×": r"$\times$", "−": "$-$", "∞": r"$\infty$", "–": "--", "—": "---", "·": r"$\cdot$", "≥": r"$\ge$",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "]": "{]}",
+    **{c: "\\" + c for c in "&%$#_{}"},
+}  # fmt: skip
+
+
+def latex(raw: str) -> str:
+    """Text that LaTeX sets literally, on one line."""
+    return "".join(_LATEX.get(c, c) for c in re.sub(r"\s+", " ", raw))
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,83 @@
+"""FLOPs that a step executes, forward and backward, counted in torch's dispatcher on a copy of the model.
+
+Counted are matrix products, convolutions and attention with torch's own formulas, two FLOPs per multiply-add;
+elementwise work is not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import flop_counter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastbp.method import GradientEstimator
+
+_COUNTED_STEPS = 2
+_MORE_STEPS = 8  # where two steps differ: a random mask
+
+
+def step_flops(estimator: GradientEstimator, x: Tensor, y: Tensor) -> float | None:
+    """Mean FLOPs of `estimator.backward(x, y)`, once its warm-up is over; None where the counter is blind.
+
+    Args:
+        estimator: bound to a copy that may be thrown away, after `start_epoch` and a few steps.
+        x, y: one full batch.
+    """
+    if any(isinstance(module, nn.RNNBase) for module in estimator.model.modules()):
+        return None  # recurrent kernels are opaque to the dispatcher
+    counts = [_count(estimator, x, y) for _ in range(_COUNTED_STEPS)]
+    if len(set(counts)) > 1:
+        counts += [_count(estimator, x, y) for _ in range(_MORE_STEPS)]
+    return sum(counts) / len(counts) or None
+
+
+def _count(estimator: GradientEstimator, x: Tensor, y: Tensor) -> int:
+    for parameter in estimator.model.parameters():
+        parameter.grad = None
+    with Counter() as counter:
+        estimator.backward(x, y)
+    return counter.total
+
+
+class Counter(TorchDispatchMode):
+    """Adds up the FLOPs of everything dispatched inside.
+
+    `torch.utils.flop_counter.FlopCounterMode` does the same per module, but its hooks refuse `autograd.grad`, on which
+    two of the methods stand.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is None and func is not torch.ops.prim.device.default:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return flop_counter.sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return flop_counter.sdpa_backward_flop_count(grad_out, query, key, value)
+
+
+_FORMULAS: dict[Any, Any] = {
+    **flop_counter.flop_registry,
+    # torch's table misses attention on the CPU (pytorch issue 195460)
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.shape_wrapper(_attention),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.shape_wrapper(_attention_backward),
+}

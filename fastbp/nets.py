@@ -1,0 +1,294 @@
+"""Own small nets, each a `Chain`, and `make_model`: any model by name as a pure function of the seed.
+
+Every entry of `NETS` takes `(input_shape, classes, **args)`: `input_shape` is one example's shape without the
+batch, `(channels, height, width)` for images or `(tokens,)` for text; the output is logits,
+`(batch, classes)` for images and `(batch, tokens, classes)` for text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastbp.chain import Add, Chain, Residual, ShortcutAdd
+from fastbp.knobs import nearest
+from fastbp.layers import MeanTokens, PatchEmbedding, SelfAttention, SubsamplePad, TokenEmbedding
+
+
+def resnet_tiny(input_shape: tuple[int, ...], classes: int, *, blocks: int = 4, width: int = 16) -> Chain:
+    """A pre-activation residual net without downsampling, for 8x8 digits and other small images.
+
+    Args:
+        input_shape: `(channels, height, width)`.
+        classes: number of logits.
+        blocks: residual blocks, each BN-ReLU-conv-BN-ReLU-conv.
+        width: channels throughout.
+
+    Reference: He, Zhang, Ren, Sun, Identity Mappings in Deep Residual Networks (2016), arXiv:1603.05027.
+    """
+    channels, _, _ = _image(input_shape, "resnet_tiny")
+    _positive(classes=classes, blocks=blocks, width=width)
+    body = [Residual(_conv_branch(width, width, 1), Add()) for _ in range(blocks)]
+    return _he_normal(Chain(_conv3x3(channels, width), nn.ModuleList(body), _conv_head(width, classes)))
+
+
+def cifar_resnet(input_shape: tuple[int, ...], classes: int, *, depth: int, width: int = 16) -> Chain:
+    """The CIFAR ResNet, pre-activation: three stages of (depth - 2)/6 blocks, width times 1, 2 and 4.
+
+    Shortcuts between stages are parameter-free (type A). Unlike the paper, the first block too has its
+    BN-ReLU inside the branch, so that all blocks are alike and every merge is a plain sum.
+
+    Reference: He, Zhang, Ren, Sun, Identity Mappings in Deep Residual Networks (2016), arXiv:1603.05027; the
+    CIFAR architecture and shortcut A from Deep Residual Learning (2015), arXiv:1512.03385, section 4.2.
+    """
+    channels, _, _ = _image(input_shape, f"resnet{depth}")
+    _positive(classes=classes, width=width)
+    widths = [width, 2 * width, 4 * width]
+    body, before = [], width
+    for out in widths:
+        for _ in range((depth - 2) // 6):
+            same = out == before
+            merge = Add() if same else ShortcutAdd(SubsamplePad(before, out), relu=False)
+            body.append(Residual(_conv_branch(before, out, 1 if same else 2), merge))
+            before = out
+    return _he_normal(Chain(_conv3x3(channels, width), nn.ModuleList(body), _conv_head(before, classes)))
+
+
+def mlp(input_shape: tuple[int, ...], classes: int, *, depth: int = 4, width: int = 64) -> Chain:
+    """A residual multi-layer perceptron on flattened inputs.
+
+    Args:
+        input_shape: any shape.
+        classes: number of logits.
+        depth: residual blocks, each LayerNorm-Linear-ReLU-Linear.
+        width: features throughout.
+    """
+    _positive(classes=classes, depth=depth, width=width)
+    features = 1
+    for size in input_shape:
+        features *= size
+    stem = nn.Sequential(nn.Flatten(), nn.Linear(features, width))
+    head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, classes))
+    branches = (
+        nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+        for _ in range(depth)
+    )
+    return Chain(stem, nn.ModuleList(Residual(branch) for branch in branches), head)
+
+
+def vit_tiny(
+    input_shape: tuple[int, ...],
+    classes: int,
+    *,
+    patch: int | None = None,
+    dim: int = 64,
+    depth: int = 4,
+    heads: int = 4,
+    mlp_ratio: int = 2,
+) -> Chain:
+    """A small pre-LN vision transformer; attention and MLP are blocks of their own: 2 * depth blocks.
+
+    Args:
+        input_shape: `(channels, height, width)`.
+        classes: number of logits.
+        patch: pixels per side of a patch; None is 2 for images lower than 16 pixels and 4 for others.
+        dim: features per token.
+        depth: transformer layers.
+        heads: attention heads, a divisor of `dim`.
+        mlp_ratio: hidden features of the MLP over `dim`.
+
+    The head averages the tokens instead of reading a class token (the paper's appendix D.3 finds them equal).
+
+    Reference: Dosovitskiy et al., An Image is Worth 16x16 Words (2021), arXiv:2010.11929.
+    """
+    channels, height, width = _image(input_shape, "vit_tiny")
+    patch = patch if patch is not None else 2 if height < 16 else 4
+    _positive(classes=classes, patch=patch, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
+    stem = PatchEmbedding(channels, height, width, patch, dim)
+    head = nn.Sequential(nn.LayerNorm(dim), MeanTokens(), nn.Linear(dim, classes))
+    return Chain(stem, _transformer(dim, depth, heads, mlp_ratio, causal=False), head)
+
+
+def gpt_tiny(
+    input_shape: tuple[int, ...],
+    classes: int,
+    *,
+    dim: int = 64,
+    depth: int = 4,
+    heads: int = 4,
+    mlp_ratio: int = 4,
+) -> Chain:
+    """A small character GPT: token numbers `(B, T)`, int64, to logits `(B, T, classes)`; 2 * depth blocks.
+
+    Args:
+        input_shape: `(T,)`, the longest context in tokens.
+        classes: size of the vocabulary.
+        dim: features per token.
+        depth: transformer layers.
+        heads: attention heads, a divisor of `dim`.
+        mlp_ratio: hidden features of the MLP over `dim`.
+
+    Weights of Linear and Embedding start normal with standard deviation 0.02, as in GPT-2; head and token
+    embedding are not tied.
+
+    Reference: Radford et al., Language Models are Unsupervised Multitask Learners (2019).
+    """
+    _check(len(input_shape) == 1, f"gpt_tiny: input_shape must be (tokens,), got {input_shape}")
+    _positive(tokens=input_shape[0], classes=classes, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
+    stem = TokenEmbedding(classes, input_shape[0], dim)
+    head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, classes))
+    chain = Chain(stem, _transformer(dim, depth, heads, mlp_ratio, causal=True), head)
+    for module in chain.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+    return chain
+
+
+NETS: dict[str, Callable[..., Chain]] = {
+    "resnet_tiny": resnet_tiny,
+    "resnet20": partial(cifar_resnet, depth=20),
+    "resnet32": partial(cifar_resnet, depth=32),
+    "resnet56": partial(cifar_resnet, depth=56),
+    "resnet110": partial(cifar_resnet, depth=110),
+    "mlp": mlp,
+    "vit_tiny": vit_tiny,
+    "gpt_tiny": gpt_tiny,
+}
+
+
+def make_model(
+    name: str, input_shape: tuple[int, ...], classes: int, args: dict[str, Any] | None = None, seed: int = 0
+) -> nn.Module:
+    """A model by name, on the CPU, its initial weights a pure function of the seed.
+
+    The caller's random generators stay as they are.
+
+    Args:
+        name: a key of `NETS`, `timm:NAME`, `torchvision:NAME`, or `package.module:function` for a function of
+        the
+            user's, called as `function(input_shape, classes, **args)`.
+        input_shape: one example's shape, `(channels, height, width)` or `(tokens,)`.
+        classes: number of logits, or vocabulary size.
+        args: further keyword arguments of the net.
+        seed: of torch's CPU generator while the model is built.
+
+    Raises:
+        ValueError: unknown name or argument, or an impossible value; the message has the nearest valid name.
+        ImportError: timm or torchvision is needed and not installed.
+        TypeError: the user's function returned something else than a module.
+    """
+    make = _maker(name, tuple(input_shape), classes, dict(args or {}))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed would also reseed the caller's GPU generators
+        model = make()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model {name!r} returned a {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def _maker(name: str, input_shape: tuple[int, ...], classes: int, args: dict[str, Any]) -> Callable[[], Any]:
+    library, colon, rest = name.partition(":")
+    if not colon:
+        if name not in NETS:
+            forms = "timm:NAME, torchvision:NAME or package.module:function"
+            raise ValueError(f"no model {name!r}{nearest(name, NETS)}; known: {', '.join(NETS)}, {forms}")
+        _check_args(name, NETS[name], args)
+        return partial(NETS[name], input_shape, classes, **args)
+    if library in ("timm", "torchvision"):
+        channels, _, _ = _image(input_shape, name)
+        try:
+            package = importlib.import_module("timm" if library == "timm" else "torchvision.models")
+        except ImportError as error:
+            raise ImportError(f"model {name!r} needs {library}: pip install fastbp[vision]") from error
+        known = package.list_models()
+        if rest.partition(".")[0] not in known:
+            raise ValueError(f"{library} has no model {rest!r}{nearest(rest, known)}")
+        if library == "timm":
+            return partial(package.create_model, rest, num_classes=classes, in_chans=channels, **args)
+        _check(
+            channels == 3,
+            f"{name}: torchvision's models take 3 channels, the data has {channels}; use timm:{rest}",
+        )
+        return partial(package.get_model, rest, num_classes=classes, **args)
+    try:
+        function = getattr(importlib.import_module(library), rest)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model {name!r} cannot be imported: {error}") from error
+    return partial(function, input_shape, classes, **args)
+
+
+def _check_args(name: str, net: Callable[..., Any], args: dict[str, Any]) -> None:
+    fixed = net.keywords if isinstance(net, partial) else {}
+    parameters = inspect.signature(net).parameters.values()
+    valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed]
+    for key in args:
+        _check(
+            key in valid,
+            f"model {name} has no argument {key!r}{nearest(key, valid)}; known: {', '.join(valid)}",
+        )
+
+
+def _conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+
+
+def _conv_branch(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
+    first = [nn.BatchNorm2d(channels_in), nn.ReLU(), _conv3x3(channels_in, channels_out, stride)]
+    return nn.Sequential(
+        *first, nn.BatchNorm2d(channels_out), nn.ReLU(), _conv3x3(channels_out, channels_out)
+    )
+
+
+def _conv_head(channels: int, classes: int) -> nn.Sequential:
+    pool = [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*pool, nn.Linear(channels, classes))
+
+
+def _he_normal(chain: Chain) -> Chain:
+    """Convolutions start normal with variance 2 / fan_out (He et al. 2015, arXiv:1502.01852)."""
+    for module in chain.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return chain
+
+
+def _transformer(dim: int, depth: int, heads: int, mlp_ratio: int, *, causal: bool) -> nn.ModuleList:
+    """Attention and MLP sublayers in turn, each with its LayerNorm first."""
+    blocks = nn.ModuleList()
+    for _ in range(depth):
+        hidden = mlp_ratio * dim
+        blocks.append(Residual(nn.Sequential(nn.LayerNorm(dim), SelfAttention(dim, heads, causal=causal))))
+        feed = [nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)]
+        blocks.append(Residual(nn.Sequential(*feed)))
+    return blocks
+
+
+def _image(input_shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
+    _check(
+        len(input_shape) == 3,
+        f"{name}: input_shape must be (channels, height, width), got {tuple(input_shape)}",
+    )
+    channels, height, width = input_shape
+    return channels, height, width
+
+
+def _positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        _check(
+            isinstance(size, int) and size >= 1, f"{name} = {size!r}: must be a whole number of at least 1"
+        )
+
+
+def _check(ok: bool, message: str) -> None:
+    if not ok:
+        raise ValueError(message)

@@ -1,0 +1,423 @@
+"""One run: the one training loop, on the one clock, for every method alike.
+
+A run is (task, recipe, method, seed); plain backprop goes through the same lines. `Run` is driven epoch by epoch, so
+that a command line, a scheduler or a test can stand outside:
+
+    run = Run(RunConfig(Task(), Recipe(epochs=3), LayerDropBack()))
+    while not run.done:
+        record = run.train_epoch()
+    print(run.end().test_accuracy)
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbp.clock import Clock
+from fastbp.data import Dataset, load_dataset
+from fastbp.energy import energy_reader
+from fastbp.environment import device_fingerprint, git_state, software_fingerprint
+from fastbp.flops import step_flops
+from fastbp.knobs import coerce_fields, nearest
+from fastbp.method import GradientEstimator, Method, method_from_dict
+from fastbp.methods import Backprop
+from fastbp.nets import make_model
+from fastbp.recipe import Recipe
+from fastbp.record import EpochRecord, Phase, Role, RunRecord, Status, config_key
+
+_WARMUP_STEPS = 3  # per distinct batch size, on a copy
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learnt: a data set and a model, by name.
+
+    Attributes:
+        data: see `fastbp.data.load_dataset`.
+        model: see `fastbp.nets.make_model`.
+        data_args, model_args: their keyword arguments.
+    """
+
+    data: str = "digits"
+    model: str = "resnet_tiny"
+    data_args: dict[str, Any] = field(default_factory=dict)
+    model_args: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        coerce_fields(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Task:
+        names = [f.name for f in fields(cls)]
+        for key in data:
+            if key not in names:
+                raise ValueError(f"Task has no field {key!r}{nearest(key, names)}")
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole configuration of a run; `key` identifies it wherever it is stored.
+
+    Attributes:
+        task, recipe, method, seed: what is trained. The seed gives initial weights, data order, augmentation and dropout.
+        sweep, phase, arm, role: which sweep it belongs to, and as what; see `fastbp.record.RunRecord`.
+        block: the randomised block it is timed in; not part of the key.
+    """
+
+    task: Task = field(default_factory=Task)
+    recipe: Recipe = field(default_factory=Recipe)
+    method: Method = Backprop()
+    seed: int = 0
+    sweep: str = ""
+    phase: Phase = "single"
+    arm: str = ""
+    role: Role = "method"
+    block: int | None = None
+
+    @property
+    def key(self) -> str:
+        """16 hex digits: the hash of everything but the block."""
+        return config_key({k: v for k, v in self.to_dict().items() if k != "block"})
+
+    def to_dict(self) -> dict[str, Any]:
+        out = {f.name: getattr(self, f.name) for f in fields(self)}
+        return out | {name: out[name].to_dict() for name in ("task", "recipe", "method")}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunConfig:
+        parsed = {
+            "task": Task.from_dict(data["task"]),
+            "recipe": Recipe.from_dict(data["recipe"]),
+            "method": method_from_dict(data["method"]),
+        }
+        return cls(**(data | parsed))
+
+
+class Run:
+    """A run in progress. Construction loads data and model and binds the method; the first epoch warms up.
+
+    Args:
+        config: what to train.
+        device: torch device; default the first CUDA device, else the CPU.
+        threads: of torch on the CPU; default: as it is.
+        exclusive: whether the caller guarantees that the device is this run's alone.
+        attempt: 0 for the first try of this configuration.
+        clock: for tests.
+        data: an already loaded data set, on any device.
+
+    Raises:
+        TypeError, ValueError: a setting is impossible, or the method cannot see into the model.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        device: torch.device | str | None = None,
+        threads: int | None = None,
+        exclusive: bool = False,
+        attempt: int = 0,
+        clock: Clock | None = None,
+        data: Dataset | None = None,
+    ) -> None:
+        self.config, self.recipe, self.method = config, config.recipe, config.method
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.exclusive, self.attempt = exclusive, attempt
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.clock = clock or Clock(self.device)
+        self.energy = energy_reader(self.device)
+        with self.clock.segment("setup"):
+            self._setup(data)
+        self.epoch = self.examples = self.steps = 0
+        self.status: Status = "running"
+        self.reason = ""
+        self.resumed = self.warm = False
+        self.last = EpochRecord(run_key=config.key, attempt=attempt)
+        self.best_val_accuracy: float | None = None
+        self.flops: dict[int, float | None] = {}  # per example, by batch size
+        self.started_at = _now()
+
+    def _setup(self, data: Dataset | None) -> None:
+        task, recipe, seed = self.config.task, self.recipe, self.config.seed
+        if data is None:
+            data = load_dataset(task.data, device=self.device, dtype=recipe.dtype, **task.data_args)
+        self.data = data.to(self.device)
+        model = make_model(task.model, data.input_shape, data.classes, task.model_args, seed)
+        model = model.to(self.device, recipe.dtype).train()
+        self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.loss_fn = recipe.make_loss()
+        self.pristine = copy.deepcopy(model)  # warm-up and counting happen on it
+        with _forked_rng(self.device, seed):
+            self.estimator = self.method.bind(model, self.loss_fn)
+        self.optimizer = recipe.make_optimizer(self.estimator.model.parameters())
+
+    @property
+    def done(self) -> bool:
+        return self.status != "running" or self.epoch >= self.recipe.epochs
+
+    def train_epoch(self) -> EpochRecord:
+        """Train one epoch, then evaluate; returns the state after it.
+
+        Raises:
+            RuntimeError: the run is done.
+        """
+        if self.done:
+            raise RuntimeError(f"run {self.config.key} is {self.status} after {self.epoch} epochs; make a new one")
+        if not self.warm:
+            self.warm_up()
+        plan = self.estimator.start_epoch(self.epoch)
+        batch_size = _batch_size(self.recipe, plan.batch_scale)
+        loss, lr = self._train(batch_size, plan.lr_scale)
+        self.epoch += 1
+        record = EpochRecord(
+            run_key=self.config.key,
+            attempt=self.attempt,
+            epoch=self.epoch - 1,
+            examples=self.examples,
+            steps=self.steps,
+            batch_size=batch_size,
+            lr=lr,
+            train_loss=loss,
+            peak_memory_bytes=self._peak_memory(),
+            flops_executed=self._add_flops(batch_size),
+            energy_joules=self.last.energy_joules,
+            metrics={name: value for name, value in self.estimator.metrics().items() if math.isfinite(value)},
+        )
+        if math.isfinite(loss):
+            self._evaluate_into(record)
+        else:
+            self.status = "diverged"
+            self.reason = f"training loss {loss} in epoch {self.epoch - 1}; a smaller learning rate may help"
+            record.train_loss = None
+        self.last = dataclasses.replace(record, **self.clock.totals())
+        return self.last
+
+    def _train(self, batch_size: int, lr_scale: float) -> tuple[float, float]:
+        """The loop that is timed; returns the mean loss over the epoch's examples and the first learning rate."""
+        estimator, optimizer, recipe = self.estimator, self.optimizer, self.recipe
+        final = self.epoch == recipe.epochs - 1
+        batches = self.data.steps(batch_size)
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        first_lr = recipe.lr_at(self.epoch) * lr_scale
+        estimator.model.train()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        order = self.data.batches(batch_size, seed=self.config.seed, epoch=self.epoch, augment=recipe.augment)
+        joules = self.energy()
+        with _forked_rng(self.device, self.config.seed, self.epoch), self._precision(), self.clock.segment("train"):
+            for i, (x, y) in enumerate(order):
+                set_lr(optimizer, recipe.lr_at(self.epoch + i / batches) * lr_scale)
+                optimizer.zero_grad(set_to_none=True)
+                loss = estimator.backward(x, y)
+                optimizer.step()
+                total += loss * len(y)
+            for _ in estimator.drain(final=final):
+                optimizer.step()
+        self._add_energy(joules)
+        self.examples += len(self.data.train)
+        self.steps += batches
+        return total.item() / len(self.data.train), first_lr
+
+    def warm_up(self) -> None:
+        """Run every batch size that the method's plans ask for on a copy of the model, and count FLOPs there.
+
+        The run's own weights, buffers and random numbers are not touched.
+        """
+        with self.clock.segment("warmup"), _forked_rng(self.device, self.config.seed):
+            estimator = self.method.bind(self.pristine, self.loss_fn)
+            optimizer = self.recipe.make_optimizer(estimator.model.parameters())
+            for epoch in range(self.recipe.epochs):
+                batch_size = _batch_size(self.recipe, estimator.start_epoch(epoch).batch_scale)
+                if batch_size in self.flops:
+                    continue
+                x, y = self.data.dummy_batch(min(batch_size, len(self.data.train)))
+                with self._precision():
+                    for _ in range(_WARMUP_STEPS):
+                        optimizer.zero_grad(set_to_none=True)
+                        estimator.backward(x, y)
+                        optimizer.step()
+                    flops = step_flops(estimator, x, y)
+                self.flops[batch_size] = None if flops is None else flops / len(y)
+        self.warm = True
+        del self.pristine
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _evaluate_into(self, record: EpochRecord) -> None:
+        last = self.done
+        if last or self.epoch % self.recipe.eval_every_epochs == 0:
+            with self.clock.segment("eval"), self._precision():
+                record.val_loss, record.val_accuracy = evaluate(self.estimator.model, self.data, "val", self.recipe)
+                if last:
+                    _, record.test_accuracy = evaluate(self.estimator.model, self.data, "test", self.recipe)
+            self.best_val_accuracy = max(self.best_val_accuracy or 0.0, record.val_accuracy)
+
+    def start_record(self) -> RunRecord:
+        """The run's line at its start, status `running`."""
+        return self._run_record(status="running")
+
+    def end(self, status: Status | None = None, reason: str = "") -> RunRecord:
+        """The run's last line.
+
+        Args:
+            status: what became of it; default `finished`, or `diverged` where it did.
+            reason: one sentence for everything but `finished`.
+        """
+        if status is not None:
+            self.status, self.reason = status, reason
+        elif self.status == "running":
+            self.status, self.reason = ("finished", "") if self.done else ("stopped", f"ended after {self.epoch} epochs")
+        return self._run_record(status=self.status, reason=self.reason, ended_at=_now())
+
+    def _run_record(self, **state: Any) -> RunRecord:
+        commit, dirty = git_state()
+        shared = {f.name for f in fields(RunRecord)} & {f.name for f in fields(EpochRecord)}
+        measured = {name: getattr(self.last, name) for name in shared - {"kind", "schema_version"}}
+        return RunRecord(
+            **(measured | self.clock.totals()),
+            **{k: v for k, v in self.config.to_dict().items() if k != "key"},
+            epochs_done=self.epoch,
+            parameters=self.parameters,
+            best_val_accuracy=self.best_val_accuracy,
+            exclusive=self.exclusive,
+            resumed=self.resumed,
+            device=device_fingerprint(self.device),
+            software=software_fingerprint(),
+            git_commit=commit,
+            git_dirty=dirty,
+            started_at=self.started_at,
+            **state,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that exact resuming needs, at an epoch boundary: tensors and plain values only."""
+        return {
+            "run_key": self.config.key,
+            "epoch": self.epoch,
+            "examples": self.examples,
+            "steps": self.steps,
+            "status": self.status,
+            "reason": self.reason,
+            "best_val_accuracy": self.best_val_accuracy,
+            "flops": dict(self.flops),
+            "started_at": self.started_at,
+            "last": dataclasses.asdict(self.last),
+            "seconds": self.clock.totals(),
+            "model": dict(self.estimator.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "estimator": self.estimator.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state_dict` was taken; every later number is as if the run had not stopped.
+
+        Raises:
+            ValueError: the state belongs to another configuration.
+        """
+        if state["run_key"] != self.config.key:
+            raise ValueError(
+                f"checkpoint belongs to run {state['run_key']}, this is run {self.config.key}: task, recipe, method or seed "
+                "differ; start this run anew"
+            )
+        for name in ("epoch", "examples", "steps", "status", "reason", "best_val_accuracy", "started_at"):
+            setattr(self, name, state[name])
+        self.flops = dict(state["flops"])
+        self.last = EpochRecord(**(state["last"] | {"attempt": self.attempt}))
+        self.clock.load(state["seconds"])
+        self.estimator.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.estimator.load_state_dict(state["estimator"])
+        self.resumed = self.epoch > 0
+
+    def _precision(self) -> Any:
+        if self.recipe.precision == "bfloat16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _peak_memory(self) -> int | None:
+        if self.device.type != "cuda":
+            return None
+        return max(torch.cuda.max_memory_allocated(self.device), self.last.peak_memory_bytes or 0)
+
+    def _add_flops(self, batch_size: int) -> float | None:
+        per_example = self.flops.get(batch_size)
+        if per_example is None or (self.epoch > 1 and self.last.flops_executed is None):
+            return None
+        return (self.last.flops_executed or 0.0) + per_example * len(self.data.train)
+
+    def _add_energy(self, before: float | None) -> None:
+        after = self.energy()
+        known = before is not None and after is not None and (self.epoch == 0 or self.last.energy_joules is not None)
+        self.last.energy_joules = (self.last.energy_joules or 0.0) + after - before if known else None  # type: ignore[operator]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Dataset, split: Any, recipe: Recipe) -> tuple[float, float]:
+    """Mean cross entropy and accuracy (fraction of labels right) over a split, in eval mode; leaves no trace."""
+    was_training = model.training
+    model.eval()
+    loss = torch.zeros((), device=data.device, dtype=torch.float64)
+    right = torch.zeros((), device=data.device, dtype=torch.int64)
+    labels = 0
+    for x, y in data.eval_batches(split, recipe.eval_batch_size):
+        logits: Tensor = model(x)
+        loss += nn.functional.cross_entropy(logits.flatten(0, -2), y.flatten(), reduction="sum")
+        right += (logits.argmax(-1) == y).sum()
+        labels += y.numel()
+    model.train(was_training)
+    return loss.item() / labels, right.item() / labels
+
+
+def check_bind(config: RunConfig) -> Method | None:
+    """Build the model on the CPU and bind the method, without training; returns its exact setting.
+
+    Raises:
+        TypeError, ValueError, ImportError, OSError: what a `Run` of this configuration would raise.
+    """
+    task = config.task
+    data = load_dataset(task.data, device="cpu", dtype=config.recipe.dtype, **task.data_args)
+    model = make_model(task.model, data.input_shape, data.classes, task.model_args, config.seed)
+    exact = config.method.exact(model)
+    bound: GradientEstimator = config.method.bind(model, config.recipe.make_loss())
+    bound.start_epoch(0)
+    return exact
+
+
+def _batch_size(recipe: Recipe, scale: float) -> int:
+    return max(2, math.floor(recipe.batch_size * scale))
+
+
+@contextmanager
+def _forked_rng(device: torch.device, *seed: int) -> Iterator[None]:
+    """Inside, torch's generators are seeded by a pure function of `seed`; the caller's go on untouched outside."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        mixed = 0
+        for value in seed:
+            mixed = (mixed * 1_000_003 + value + 1) % 2**63
+        torch.manual_seed(mixed)
+        yield
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

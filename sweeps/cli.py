@@ -1,0 +1,167 @@
+"""`fastbp-sweep`: plan, run, status, sync."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sweeps.source import SweepError
+
+app = typer.Typer(
+    help="Search and measure methods over a sweep file, with Ray Tune and MLflow.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+FileArgument = Annotated[str, typer.Argument(help="a sweep file, or the bare name of a packaged one such as quickstart")]
+OutOption = Annotated[Path | None, typer.Option(help="output folder; default fastbp-runs/NAME")]
+
+
+@app.command()
+def plan(file: FileArgument, smoke: Annotated[bool, typer.Option(help="the sweep at its smallest")] = False) -> None:
+    """Validate a sweep file and show what it will run; starts nothing."""
+    from sweeps.plan import load_plan
+    from sweeps.progress import plan_table
+
+    planned = load_plan(file, smoke=smoke)
+    console = Console()
+    console.print(plan_table(planned))
+    idle = [arm.name for arm in planned.arms if not arm.space]
+    if planned.sweep.search is not None and idle:
+        console.print(f"{', '.join(idle)}: 0 searched fields, so one search trial each", highlight=False)
+
+
+@app.command()
+def run(
+    file: FileArgument,
+    out: OutOption = None,
+    smoke: Annotated[bool, typer.Option(help="one epoch, one trial, one seed; for CI")] = False,
+    report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
+    mlflow: Annotated[bool, typer.Option(help="mirror the records into MLflow")] = True,
+) -> None:
+    """Run a sweep, or what is missing of it; exits with 1 when any run failed or is missing."""
+    from sweeps.plan import find_sweep, load_plan
+    from sweeps.progress import Progress
+
+    planned = load_plan(file, smoke=smoke)
+    folder = out or Path("fastbp-runs") / planned.sweep.name
+    console = Console()
+    from sweeps.drive import RECORDS, run_sweep
+
+    outcome = run_sweep(planned, find_sweep(file)[0], folder, Progress(console), mlflow=mlflow)
+    html = _report(folder, console) if report else None
+    error = outcome.mlflow_error
+    if mlflow and html is not None and not error:
+        from sweeps.mlflow_sync import MlflowMirror, try_sync
+
+        mirror = MlflowMirror(folder / RECORDS, outcome.uri, planned.sweep.mlflow.experiment)
+        error = try_sync(mirror, final=True, report=html)
+    say = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    say(f"records: {folder / RECORDS}")
+    if html is not None:
+        say(f"report:  {html}")
+    if error:
+        say(f"warning: MLflow is behind the records ({error}); repair it later: fastbp-sweep sync {folder}")
+    elif mlflow:
+        say(f"MLflow:  {_ui_hint(outcome.uri)}")
+    for record in outcome.failed:
+        say(f"failed:  {record.phase} {record.arm} {record.role} seed {record.seed}: {record.reason}")
+    for sentence in outcome.missing:
+        say(f"missing: {sentence}")
+    if not outcome.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
+def status(target: Annotated[str, typer.Argument(help="a sweep file or an output folder")], out: OutOption = None) -> None:
+    """Show how far a sweep is; exits with 1 when any run failed."""
+    from fastbp.record import read_records
+    from sweeps.drive import RECORDS
+    from sweeps.ledger import Ledger
+    from sweeps.plan import load_plan
+    from sweeps.progress import status_table
+
+    folder, file = _locate(target, out)
+    records = folder / RECORDS
+    if not records.exists():
+        raise SweepError(f"{folder}: nothing has been run there")
+    ledger = Ledger.of(read_records(records))
+    console = Console()
+    smoke = ledger.sweep is not None and ledger.sweep.sweep.endswith("-smoke")
+    console.print(status_table(load_plan(str(file), smoke=smoke), ledger))
+    failed = [record for record in ledger.runs.values() if record.status == "failed"]
+    for record in failed:
+        console.print(f"failed: {record.phase} {record.arm} seed {record.seed}: {record.reason}", markup=False, highlight=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def sync(target: Annotated[str, typer.Argument(help="a sweep file or an output folder")], out: OutOption = None) -> None:
+    """Make MLflow agree with the records of a sweep; can be repeated."""
+    from sweeps.drive import RECORDS, locked
+    from sweeps.mlflow_sync import MlflowMirror, default_uri, try_sync
+    from sweeps.spec import load_sweep
+
+    folder, file = _locate(target, out)
+    if not (folder / RECORDS).exists():
+        raise SweepError(f"{folder}: nothing has been run there")
+    settings = load_sweep(file)[0].mlflow
+    uri = default_uri(settings.tracking_uri)
+    html = folder / "report" / "report.html"
+    with locked(folder) as free:  # a sweep that still runs keeps its open runs
+        mirror = MlflowMirror(folder / RECORDS, uri, settings.experiment)
+        error = try_sync(mirror, final=free, report=html if html.exists() else None)
+    if error:
+        raise SweepError(f"MLflow at {uri}: {error}")
+    Console().print(f"MLflow agrees with {folder / RECORDS}; {_ui_hint(uri)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _locate(target: str, out: Path | None) -> tuple[Path, Path]:
+    """Output folder and sweep file of a folder, or of a sweep file."""
+    from sweeps.plan import find_sweep
+    from sweeps.spec import load_sweep
+
+    if Path(target).is_dir():
+        file = Path(target) / "sweep.yaml"
+        if not file.exists():
+            raise SweepError(f"{target}: no sweep.yaml there, so it is not the output folder of a sweep")
+        return Path(target), file
+    file, name = find_sweep(target)
+    return out or Path("fastbp-runs") / load_sweep(file, name)[0].name, file
+
+
+def _report(folder: Path, console: Console) -> Path | None:
+    """Run the report in a process of its own; it reads the records and prints its table."""
+    target = folder / "report"
+    done = subprocess.run([sys.executable, "-m", "analysis", str(folder), "--out", str(target)], check=False)
+    html = target / "report.html"
+    if done.returncode or not html.exists():
+        again = f"fastbp-report {folder} --out {target}"
+        console.print(f"warning: no report was written; try again with: {again}", highlight=False, markup=False)
+        return None
+    return html
+
+
+def _ui_hint(uri: str) -> str:
+    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"see {uri}"
+
+
+def main() -> None:
+    """Entry point: errors of the user's making are one line each, without a traceback."""
+    sys.path.insert(0, os.getcwd())  # methods and models of the user's own, `my_pkg.sign:SignGrad`
+    try:
+        app()
+    except SweepError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

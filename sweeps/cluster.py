@@ -1,0 +1,76 @@
+"""Attach to the Ray cluster at hand, or start a quiet private one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records are ours; Tune writes no JSON, CSV or TensorBoard
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_THRESHOLD_S": "60",
+    "TUNE_GLOBAL_CHECKPOINT_S": "600",  # a sweep resumes from its records, not from Tune's state
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def in_cluster() -> bool:
+    """Whether we were submitted to, or told to use, a running cluster."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
+@contextlib.contextmanager
+def ray_session() -> Iterator[None]:
+    """Ray, ready to use; a cluster started here ends with the block, any other stays.
+
+    A private cluster is reachable from this machine's loopback only and asks for no token, so that none is left in the
+    user's home; a cluster that is attached to keeps its own authentication.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    private = not in_cluster()
+    if private:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    import ray
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    if ray.is_initialized():
+        yield
+        return
+    if private:
+        cpus = len(os.sched_getaffinity(0))
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=128 * 2**20,  # results are small dictionaries
+        )
+    else:
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def node_cpus(gpus: int) -> int:
+    """CPUs of the largest live node that has this many GPUs; 1 where an autoscaler has yet to start one."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return max((int(r.get("CPU", 0)) for r in nodes if r.get("GPU", 0) >= gpus), default=1) or 1
+
+
+def concurrent_trials(cpus: float, gpus: float) -> int:
+    """How many trials of this size the cluster holds now."""
+    import ray
+
+    total = ray.cluster_resources()
+    fits = [total.get(name, 0.0) // need for name, need in (("CPU", cpus), ("GPU", gpus)) if need > 0]
+    return max(1, int(min(fits)))

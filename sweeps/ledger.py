@@ -1,0 +1,59 @@
+"""What a sweep has already done, read back from its records."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from fastbp.record import Record, RunRecord, SweepRecord
+from fastbp.run import RunConfig
+
+DONE = ("finished", "diverged", "stopped")  # ends that are results; failed and interrupted runs are tried again
+
+
+@dataclass
+class Ledger:
+    """The newest state of every run of a sweep.
+
+    Attributes:
+        runs: by run_key, in the order of their first line.
+        attempts: by run_key, the number of attempts on record.
+        sweep: the newest sweep record, if any.
+    """
+
+    runs: dict[str, RunRecord] = field(default_factory=dict)
+    attempts: dict[str, int] = field(default_factory=dict)
+    sweep: SweepRecord | None = None
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Ledger:
+        ledger = cls()
+        for record in records:
+            ledger.add(record)
+        return ledger
+
+    def add(self, record: Record) -> None:
+        if isinstance(record, RunRecord):
+            self.runs[record.run_key] = record
+            self.attempts[record.run_key] = max(self.attempts.get(record.run_key, 0), record.attempt + 1)
+        elif isinstance(record, SweepRecord):
+            self.sweep = record
+
+    def done(self, key: str) -> RunRecord | None:
+        """The result of a run that need not run again."""
+        record = self.runs.get(key)
+        return record if record and record.status in DONE else None
+
+    def of_phase(self, phase: str, arm: str | None = None) -> list[RunRecord]:
+        return [r for r in self.runs.values() if r.phase == phase and arm in (None, r.arm)]
+
+    def best_trial(self, arm: str) -> RunRecord | None:
+        """The arm's chosen search trial: highest final validation accuracy, then fewer examples, then earlier."""
+        trials = [r for r in self.of_phase("search", arm) if r.status == "finished" and r.val_accuracy is not None]
+        return min(trials, key=lambda r: (-(r.val_accuracy or 0.0), r.examples), default=None)
+
+
+def config_of(record: RunRecord) -> RunConfig:
+    """The configuration of a recorded run."""
+    names = ("task", "recipe", "method", "seed", "sweep", "phase", "arm", "role", "block")
+    return RunConfig.from_dict({name: getattr(record, name) for name in names})

@@ -1,0 +1,216 @@
+"""How records read in MLflow: names, tags, params and at most 25 metrics per run. Pure functions of records."""
+
+from __future__ import annotations
+
+import math
+from datetime import datetime
+from typing import Any
+
+from mlflow.entities import Metric
+
+from fastbp.record import EpochRecord, RunRecord, Seconds, SweepRecord
+
+MAX_METRICS = 25
+_SEGMENTS = ("train", "setup", "warmup", "eval", "checkpoint", "report_blocked")
+
+
+def cell_name(run: RunRecord) -> str:
+    if run.phase == "search":
+        return f"search {run.arm}"
+    return f"{run.arm} control" if run.role == "control" else run.arm
+
+
+def run_name(run: RunRecord, number: int) -> str:
+    return f"{cell_name(run)} #{number + 1}" if run.phase == "search" else f"{cell_name(run)} seed {run.seed}"
+
+
+def planned_runs(sweep: SweepRecord, run: RunRecord) -> int:
+    """How many runs the cell of this run has at most."""
+    return len(sweep.seeds) if run.phase == "measure" else sweep.search_trials
+
+
+def is_complete(sweep: SweepRecord, runs: list[RunRecord]) -> bool:
+    """Whether every planned measure cell, or without a measure part every search trial, has ended."""
+    ended = [run for run in runs if run.status != "running"]
+    if sweep.measure_cells:
+        return sum(run.phase == "measure" for run in ended) >= sweep.measure_cells
+    return len(ended) >= len(sweep.arms)
+
+
+def end_of(statuses: list[str], final: bool, complete: bool) -> str:
+    """MLflow's status of a sweep or cell with runs in these states."""
+    if not final and not complete:
+        return "RUNNING"
+    if "failed" in statuses:
+        return "FAILED"
+    return "FINISHED" if complete and "running" not in statuses else "KILLED"
+
+
+def sweep_tags(sweep: SweepRecord) -> dict[str, str]:
+    return {"fastbp.level": "sweep", "arms": ", ".join(sweep.arms)}
+
+
+def cell_tags(run: RunRecord) -> dict[str, str]:
+    return {"fastbp.level": "cell", "arm": run.arm, "role": run.role, "phase": run.phase, "method": method_name(run.method)}
+
+
+def run_tags(run: RunRecord) -> dict[str, str]:
+    tags = cell_tags(run) | {
+        "fastbp.level": "run",
+        "fastbp.run_key": run.run_key,
+        "fastbp.attempt": str(run.attempt),
+        "seed": str(run.seed),
+        "exclusive": str(run.exclusive).lower(),
+        "block": "" if run.block is None else str(run.block),
+        "git_commit": run.git_commit or "",
+        "device": str(run.device.get("name", "")),
+    }
+    return {key: value for key, value in tags.items() if value}
+
+
+def end_tags(run: RunRecord) -> dict[str, str]:
+    tags = {"status": run.status}
+    if run.reason:
+        tags["reason"] = run.reason
+        tags["mlflow.note.content"] = f"**{run.status}**: {run.reason}"
+    return tags
+
+
+def sweep_params(sweep: SweepRecord) -> dict[str, str]:
+    keep = {name: sweep.config[name] for name in ("task", "recipe", "search", "measure") if sweep.config.get(name)}
+    return _flat(keep)
+
+
+def cell_params(run: RunRecord, sweep: SweepRecord) -> dict[str, str]:
+    """The setting of a measured cell; a search has none of its own but its arm's definition."""
+    if run.phase == "search":
+        return _flat({"task": run.task, "arm": sweep.config.get("arms", {}).get(run.arm, {})})
+    return _flat({"task": run.task, "method": run.method, "recipe": run.recipe})
+
+
+def run_params(run: RunRecord) -> dict[str, str]:
+    return _flat({"task": run.task, "method": run.method, "recipe": run.recipe, "seed": run.seed})
+
+
+def sweep_metrics(sweep: SweepRecord, statuses: list[str], step: int) -> list[Metric]:
+    when = millis(sweep.started_at)
+    counts = {f"runs/{s}": float(statuses.count(s)) for s in ("finished", "failed", "diverged", "stopped")}
+    return [Metric(key, value, when, step) for key, value in counts.items()]
+
+
+def cell_metrics(ended: list[RunRecord]) -> list[Metric]:
+    """Mean and 95 % interval over seeds for a measured cell; the best accuracy for a search."""
+    finished = [run for run in ended if run.status == "finished"]
+    step, when = len(ended), max((end_millis(run) for run in ended), default=0)
+    values: dict[str, float | None] = {
+        "runs/finished": float(len(finished)),
+        "runs/failed": float(len(ended) - len(finished)),
+    }
+    if ended and ended[0].phase == "search":
+        values["best/val_accuracy"] = max((r.val_accuracy for r in finished if r.val_accuracy is not None), default=None)
+    else:
+        timed = [run for run in finished if run.exclusive and not run.resumed]
+        for name, sample in {
+            "final/test_accuracy": [r.test_accuracy for r in finished],
+            "final/val_accuracy": [r.val_accuracy for r in finished],
+            "train_seconds": [r.train_seconds for r in timed],
+        }.items():
+            mean, low, high = mean_interval([v for v in sample if v is not None])
+            values |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+    return _metrics(values, when, step)
+
+
+def epoch_metrics(run: RunRecord, epochs: list[EpochRecord]) -> list[Metric]:
+    """Curves, step = epoch; the time of a point follows from the record, so that writing it twice is one point."""
+    out: list[Metric] = []
+    for record in epochs:
+        values = {
+            "train/loss": record.train_loss,
+            "val/loss": record.val_loss,
+            "val/accuracy": record.val_accuracy,
+            "train_seconds": record.train_seconds,
+            "examples": float(record.examples),
+            "lr": record.lr,
+        }
+        out += _metrics(values, millis(run.started_at) + round(1000 * _elapsed(record)), record.epoch)
+    return out
+
+
+def final_metrics(run: RunRecord) -> list[Metric]:
+    """The run's end: accuracies, segments of time, costs, and its numeric hyper-parameters as far as there is room."""
+    values: dict[str, float | None] = {
+        "final/val_accuracy": run.val_accuracy,
+        "final/test_accuracy": run.test_accuracy,
+        "best/val_accuracy": run.best_val_accuracy,
+        **{f"seconds/{name}": getattr(run, f"{name}_seconds") for name in _SEGMENTS if name != "train"},
+        "peak_memory_bytes": run.peak_memory_bytes,
+        "flops_executed": run.flops_executed,
+        "energy_joules": run.energy_joules,
+        "parameters": run.parameters,
+    }
+    room = MAX_METRICS - 6 - len(values)  # 6: the curves of `epoch_metrics`
+    values |= dict(list(_numbers(run).items())[:room])
+    return _metrics(values, end_millis(run), max(run.epochs_done - 1, 0))
+
+
+def mean_interval(values: list[float]) -> tuple[float | None, float | None, float | None]:
+    """Mean and 95 % Student t interval; no interval for fewer than two values.
+
+    >>> mean_interval([1.0])
+    (1.0, None, None)
+    """
+    n = len(values)
+    if n == 0:
+        return None, None, None
+    mean = sum(values) / n
+    if n == 1:
+        return mean, None, None
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, n - 1)) * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return mean, mean - half, mean + half
+
+
+def method_name(method: dict[str, Any]) -> str:
+    """`dbp+ldb` for DecorrelatedBP around LayerDropBack."""
+    name, inner = str(method.get("method", "?")), method.get("inner")
+    if isinstance(inner, dict) and inner.get("method") not in (None, "bp"):
+        return f"{name}+{method_name(inner)}"
+    return name
+
+
+def millis(iso: str) -> int:
+    """Milliseconds since 1970 of a UTC time in ISO 8601; 0 where there is none."""
+    return round(datetime.fromisoformat(iso).timestamp() * 1000) if iso else 0
+
+
+def end_millis(run: RunRecord) -> int:
+    return millis(run.ended_at) or millis(run.started_at)
+
+
+def _elapsed(record: Seconds) -> float:
+    return sum(getattr(record, f"{name}_seconds") or 0.0 for name in _SEGMENTS)
+
+
+def _numbers(run: RunRecord) -> dict[str, float]:
+    """Numeric hyper-parameters as metrics, because MLflow compares no params by size: lr, then the method's."""
+    flat = {"hp/lr": run.recipe.get("lr")}
+    method: dict[str, Any] | None = run.method
+    prefix = "hp/"
+    while isinstance(method, dict):
+        flat |= {f"{prefix}{name}": value for name, value in method.items() if name not in ("method", "inner", "seed")}
+        method, prefix = method.get("inner"), f"{prefix}inner."
+    return {k: float(v) for k, v in flat.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def _metrics(values: dict[str, Any], when: int, step: int) -> list[Metric]:
+    return [Metric(k, float(v), when, step) for k, v in values.items() if v is not None and math.isfinite(v)]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict):
+        out: dict[str, str] = {}
+        for key, item in value.items():
+            out |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+        return out
+    return {prefix: str(value)[:500]}

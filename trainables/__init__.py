@@ -1,0 +1,1 @@
+"""Ray Tune's view of a training run."""
