@@ -1,1 +1,1 @@
-"""Reads records and reports: accuracy against time, with intervals over seeds. Imports nothing else of this project."""
+"""Reads records and reports accuracy against time, with intervals over seeds; imports nothing of ours."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -22,34 +24,36 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 def report(
     sources: Annotated[
-        list[str], typer.Argument(metavar="SOURCE...", help="Results folder, records file, or mlflow:EXPERIMENT.")
+        list[str],
+        typer.Argument(metavar="SOURCE...", help="Results folder, records file, or mlflow:EXPERIMENT."),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the report; made if it does not exist.")] = Path("report"),
+    out: Annotated[Path, typer.Option("--out", help="Folder of the report; made if it does not exist.")] = Path(
+        "report"
+    ),
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Accept unlike hardware or software, one section for each.")
     ] = False,
 ) -> None:
-    """Report accuracy against training time: Pareto table and figure, time to target, control split, counts."""
+    """Report accuracy against training time: Pareto front, time to target, control split, counts."""
     try:
         write_report(sources, out, allow_mixed=allow_mixed)
     except ReportError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"fastbp-report: {error}"))
+        print(f"fastbp-report: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
-def write_report(
-    sources: list[str], out: Path, allow_mixed: bool = False, console: Console | None = None
-) -> Path:
+def write_report(sources: list[str], out: Path, allow_mixed: bool = False, console: Console | None = None) -> Path:
     """Write the report, print its Pareto tables and where it is; returns the path of the HTML page.
 
     Raises:
         ReportError: the sources cannot be read or compared, or the folder cannot be written.
+
     """
-    console = console or Console()
     made = build(sources, allow_mixed=allow_mixed)
     page = write(made, out)
-    print_report(made, console)
-    console.print(Text(f"report: {page}"), soft_wrap=True)
+    screen = Console() if console is None else console
+    print_report(made, screen)
+    screen.print(Text(f"report: {page}"), soft_wrap=True)
     return page
 
 
@@ -72,24 +76,35 @@ def print_report(made: Report, console: Console) -> None:
 
 
 def _rich_table(group: Group, pareto: Table) -> RichTable:
-    """The Pareto table in at most 100 columns of text: fewer columns, intervals under their values."""
+    """The Pareto table for a terminal of 80 columns: fewer columns, intervals under their values."""
+    accuracy = group.accuracy_name.replace("accuracy", "acc.").replace("validation", "val.")
     shown = {
         "arm": "arm",
         "n": "n",
-        "accuracy": f"{group.accuracy_name.removesuffix(' accuracy')} acc. (%)",
+        "accuracy": f"{accuracy} (%)",
         "seconds": "train time (s)",
         "speed_up": "speed-up",
-        "on_front": "front",
-        "p_front": "P(front)",
+        "on_front": "on front",
     }
-    out = RichTable(title=Text(group.title), title_justify="left", title_style="bold")
+    style = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "pad_edge": False}
+    out = RichTable(title=Text(group.title), **style)
     for key, title in shown.items():
-        out.add_column(title, justify="left" if key == "arm" else "right", overflow="fold")
+        is_name = key == "arm"
+        out.add_column(title, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
     columns: dict[str, Column] = {c.key: c for c in pareto.columns}
     for row in pareto.rows:
         cells = [text(row.get(key), columns[key]) for key in shown]
-        out.add_row(*(Text(c.replace(" [", "\n[")) for c in cells), style="dim" if row["role"] == "control" else None)
+        below = [cells[0], *(_interval_below(cell) for cell in cells[1:])]
+        if row["on_front"] is not None:
+            below[-1] += f"\nP {text(row['p_front'], columns['p_front'])}"
+        out.add_row(*map(Text, below), style="dim" if row["role"] == "control" else None)
     return out
+
+
+def _interval_below(cell: str) -> str:
+    """`1.43× [1.40×, 1.46×]` on two lines and without the brackets."""
+    value, bracket, interval = cell.partition(" [")
+    return f"{value}\n{interval.rstrip(']').replace('×', '').replace(', ', ' to ')}" if bracket else cell
 
 
 def main() -> None:

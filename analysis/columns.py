@@ -39,6 +39,8 @@ EPOCH_TEXTS = ("run_key",)
 
 SWEEP_COLUMNS = ("sweep", "arms", "search_trials", "seeds", "measure_cells", "targets", "started_at")
 
+WHOLE = ("attempt", "seed", "epoch")  # numbers that are never null
+
 ACCURACIES = ("val_accuracy", "best_val_accuracy", "test_accuracy")
 
 READ = {

@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis import labels
 from analysis.load import Results
+from analysis.measured import ROLE_ORDER
 from analysis.table import Column, Table
 
 ENDS = ("finished", "stopped", "failed", "diverged")
@@ -19,9 +20,12 @@ def summary_table(results: Results) -> Table:
     found = {key: part for key, part in results.runs.groupby(["sweep", "phase", "arm", "role"], sort=True)}
     planned = planned_cells(results)
     order = {(s["sweep"], arm): i for s in results.sweeps for i, arm in enumerate(s["arms"])}
-    keys = sorted(
-        {*found, *planned}, key=lambda k: (k[0], k[1] != "search", order.get((k[0], k[2]), len(order)), k)
-    )
+
+    def place(key: tuple[str, str, str, str]) -> tuple:
+        sweep, phase, arm, role = key
+        return sweep, phase != "search", order.get((sweep, arm), len(order)), arm, ROLE_ORDER[role]
+
+    keys = sorted({*found, *planned}, key=place)
     rows = []
     for key in keys:
         part = found.get(key)
@@ -54,12 +58,14 @@ def planned_cells(results: Results) -> dict[tuple[str, str, str, str], int]:
     """(sweep, phase, arm, role) to planned runs; controls are planned only where the method has one."""
     baselines = {(run.sweep, run.arm) for run in results.runs.itertuples() if run.role == "baseline"}
     settings = _settings_per_cell(results.runs)
+    found = results.runs.groupby(["sweep", "phase", "arm", "role"]).size().to_dict()
     out = {}
     for sweep in results.sweeps:
         for arm in sweep["arms"]:
             role = "baseline" if (sweep["sweep"], arm) in baselines or arm == "bp" else "method"
-            if sweep["search_trials"]:
-                out[sweep["sweep"], "search", arm, role] = sweep["search_trials"]
+            key = (sweep["sweep"], "search", arm, role)
+            if sweep["search_trials"] and found.get(key) != 1:  # an arm that searches nothing gets one trial
+                out[key] = sweep["search_trials"]
             if sweep["seeds"]:
                 key = (sweep["sweep"], "measure", arm, role)
                 out[key] = len(sweep["seeds"]) * settings.get(key, 1)
@@ -86,11 +92,10 @@ def _summary_caption(results: Results) -> str:
     caption = "Every run of the records, none dropped."
     for sweep in results.sweeps:
         if sweep["measure_cells"]:
-            runs = results.runs[
-                (results.runs["sweep"] == sweep["sweep"]) & (results.runs["phase"] == "measure")
-            ]
+            runs = results.runs[(results.runs["sweep"] == sweep["sweep"]) & (results.runs["phase"] == "measure")]
             done = int((runs["status"] == "finished").sum())
-            caption += f" {sweep['sweep'] or 'The sweep'}: {done} of {sweep['measure_cells']} planned measured runs finished."
+            name, planned = sweep["sweep"] or "the sweep", sweep["measure_cells"]
+            caption += f" Of {name}, {done} of {planned} planned measured runs finished."
     if not results.sweeps:
         caption += " There is no sweep record, so what was planned is unknown."
     return caption
@@ -137,14 +142,12 @@ def search_table(results: Results) -> Table:
         Column("seconds", "search time, not comparable", "seconds"),
     )
     caption = (
-        "Finished trials ranked by their final validation accuracy. Trials may share a device and stop early, so "
-        "their seconds add up to a cost but compare nothing."
+        "Finished trials ranked by their final validation accuracy. Trials may share a device and stop "
+        "early, so their seconds add up to a cost but compare nothing."
     )
     trials = {row["trials"] for row in rows}
     if len(trials) > 1:
-        caption += (
-            f" The trial counts differ ({min(trials)} to {max(trials)}): the arms were not tuned equally."
-        )
+        caption += f" The trial counts differ ({min(trials)} to {max(trials)}): the arms were not tuned equally."
     return Table("search", "What the search found", caption, columns, rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
@@ -36,7 +36,10 @@ def figures(group: Group, epochs: pd.DataFrame, styles: dict[str, Style]) -> Ite
     """File names and contents of the figures of one group; none where nothing was measured."""
     if not group.candidates:
         return
-    for name, draw in (("pareto", lambda a: _pareto(a, group, styles)), ("curves", lambda a: _curves(a, group, epochs, styles))):
+    for name, draw in (
+        ("pareto", lambda a: _pareto(a, group, styles)),
+        ("curves", lambda a: _curves(a, group, epochs, styles)),
+    ):
         with matplotlib.rc_context(_RC), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font lacks
             figure = Figure(figsize=(7, 4.4), layout="constrained")
@@ -68,14 +71,16 @@ def _pareto(axes: Axes, group: Group, styles: dict[str, Style]) -> None:
             markersize=7,
             linewidth=1,
             capsize=2,
-            alpha=0.75 if hollow else 1,
-            label=arm.name,
+            label=f" {arm.name}",  # matplotlib leaves out names that begin with an underscore
         )
-    x, y = steps(group)
-    axes.plot(x, 100 * np.array(y), color="#7a828e", linewidth=1.2, zorder=1, label="front")
+    (right, bottom), (x, y) = (axes.get_xlim()[1], axes.get_ylim()[0]), steps(group)
+    if x:  # what lies below and to the right of the line is dominated
+        corners = [x[0], *x, right], [bottom, *(100 * np.array(y)), 100 * y[-1]]
+        axes.plot(*corners, color="#7a828e", linewidth=1.2, zorder=1, label="front")
+        axes.set(xlim=(None, right), ylim=(bottom, None))
     axes.set_xlabel("training time (s), median")
     axes.set_ylabel(f"{group.accuracy_name} (%), mean")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes)
 
 
 def steps(group: Group) -> tuple[list[float], list[float]]:
@@ -110,14 +115,20 @@ def _curves(axes: Axes, group: Group, epochs: pd.DataFrame, styles: dict[str, St
             color=style.light,
             linewidth=1.8,
             linestyle="--" if hollow else "-",
-            label=arm.name,
+            label=f" {arm.name}",  # matplotlib leaves out names that begin with an underscore
         )
     axes.set_xlabel("training time (s)")
     axes.set_ylabel("validation accuracy (%)")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    _legend(axes)
 
 
-def run_curves(arm: Arm, epochs: pd.DataFrame) -> Iterable[pd.DataFrame]:
+def _legend(axes: Axes) -> None:
+    handles, names = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(handles, names, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def run_curves(arm: Arm, epochs: pd.DataFrame) -> list[pd.DataFrame]:
     """Evaluated epochs of each timed run of an arm."""
     own = epochs[epochs["run_key"].isin(arm.timed["run_key"]) & epochs["val_accuracy"].notna()]
     return [part for _, part in own.groupby("run_key", sort=True)]

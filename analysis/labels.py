@@ -36,7 +36,7 @@ _OTHERS = (
 
 
 def family(method: dict[str, Any]) -> str:
-    """The methods of a combination, outermost first, without their settings: `dbp+ldb`; plain backprop is `bp`."""
+    """A combination without its settings, outermost first: `dbp+ldb`; plain backprop is `bp`."""
     names: list[str] = []
     part: Any = method
     while isinstance(part, dict) and part:
@@ -48,7 +48,7 @@ def family(method: dict[str, Any]) -> str:
 
 
 def styles(families: Iterable[str]) -> dict[str, Style]:
-    """One style per family; the five methods always have the same, others are served in alphabetical order."""
+    """One style per family: always the same for the five methods, in alphabetical order for others."""
     others = sorted(set(families) - set(_FIXED))
     return {**_FIXED, **{name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}}
 
@@ -69,7 +69,7 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def settings(method: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """All settings of a run by dotted name; the recipe's have the prefix `recipe.`, method names are left out."""
+    """All settings of a run by dotted name, the recipe's with the prefix `recipe.`; without method names."""
     flat = {k: v for k, v in flatten(method).items() if k.rpartition(".")[2] != "method"}
     return flat | {f"recipe.{k}": v for k, v in flatten(recipe).items()}
 
@@ -85,9 +85,7 @@ def label(family_name: str, values: dict[str, Any], show: Iterable[str]) -> str:
     """A short label such as `ldb(drop_rate=0.5) lr=0.1`, with the settings named in `show`."""
     wanted = [n for n in show if n in values]
     own = ", ".join(f"{n}={plain(values[n])}" for n in wanted if not n.startswith("recipe."))
-    recipe = ", ".join(
-        f"{n.removeprefix('recipe.')}={plain(values[n])}" for n in wanted if n.startswith("recipe.")
-    )
+    recipe = ", ".join(f"{n.removeprefix('recipe.')}={plain(values[n])}" for n in wanted if n.startswith("recipe."))
     return (f"{family_name}({own})" if own else family_name) + (f" {recipe}" if recipe else "")
 
 

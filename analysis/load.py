@@ -24,6 +24,7 @@ class Results:
         epochs: one row per (run_key, epoch) of that attempt, sorted; `train_seconds` is cumulative.
         sweeps: the last sweep record of every sweep name.
         problems: what was wrong with the input but could be read around, one sentence each.
+
     """
 
     runs: pd.DataFrame
@@ -48,7 +49,8 @@ def load(sources: Iterable[str | Path]) -> Results:
     """Read records from folders (recursively, `records*.jsonl`), files, or `mlflow:EXPERIMENT`.
 
     Raises:
-        ReportError: a source does not exist or has no records, or a line is not a record of this schema version.
+        ReportError: a source does not exist or has no runs, or a line is not a record of this schema.
+
     """
     lines = _Lines()
     seen: set[Path] = set()
@@ -76,9 +78,7 @@ def _files(source: str | Path, problems: list[str]) -> Iterator[tuple[Path, str]
     elif path.is_dir():
         found = sorted(path.rglob("records*.jsonl"))
         if not found:
-            raise ReportError(
-                f"{source}: the folder has no file records*.jsonl; give the folder that a sweep wrote"
-            )
+            raise ReportError(f"{source}: the folder has no file records*.jsonl; give the folder that a sweep wrote")
         for file in found:
             yield file, file.relative_to(path).as_posix()
     else:
@@ -86,7 +86,7 @@ def _files(source: str | Path, problems: list[str]) -> Iterator[tuple[Path, str]
 
 
 def _read_file(path: Path, name: str, lines: _Lines) -> None:
-    """Append the records of a file; a last line without its newline that is not JSON was cut short by a crash."""
+    """Append the records of a file; a last line without newline that is not JSON was cut short by a crash."""
     try:
         parts = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -111,8 +111,8 @@ def _add(data: Any, where: str, name: str, number: int, lines: _Lines) -> None:
     version = data.get("schema_version")
     if version != columns.SCHEMA_VERSION:
         raise ReportError(
-            f"{where}: schema_version is {version!r}, but this version of fastbp-report reads {columns.SCHEMA_VERSION}; "
-            "install the version that wrote the records"
+            f"{where}: schema_version is {version!r}, but this version of fastbp-report reads "
+            f"{columns.SCHEMA_VERSION}; install the version that wrote the records"
         )
     kept = {column: data.get(column) for column in columns.READ[kind]}
     if kind == "run":
@@ -129,9 +129,7 @@ def _checked_sweep(sweep: dict[str, Any], where: str) -> dict[str, Any]:
     """A sweep record with its lists checked."""
     for column, kind in (("arms", str), ("seeds", int), ("targets", int | float)):
         values = sweep[column] or []
-        if not isinstance(values, list) or not all(
-            isinstance(v, kind) and not isinstance(v, bool) for v in values
-        ):
+        if not isinstance(values, list) or not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
             raise ReportError(
                 f"{where}: {column} is {values!r}, expected a list of {getattr(kind, '__name__', 'numbers')}"
             )
@@ -165,12 +163,10 @@ def _results(lines: _Lines) -> Results:
 
 
 def _holding(runs: pd.DataFrame) -> pd.DataFrame:
-    """The row of each run_key that holds: its highest attempt, there an end before a start, there the last line."""
+    """The row of each run_key that holds: of its highest attempt an end if there is one, the last line."""
     ended = runs["status"] != "running"
     order = runs.assign(_ended=ended, _line=np.arange(len(runs)))
-    order = order.sort_values(["run_key", "attempt", "_ended", "_line"]).drop_duplicates(
-        "run_key", keep="last"
-    )
+    order = order.sort_values(["run_key", "attempt", "_ended", "_line"]).drop_duplicates("run_key", keep="last")
     order = order.sort_values(["sweep", "phase", "arm", "role", "seed", "run_key"], ignore_index=True)
     return order.drop(columns=["_ended", "_line"])
 
@@ -203,6 +199,10 @@ def _typed(value: Any, kind: type, default: Any, column: str, where: str) -> Any
     return value
 
 
+def _plain(number: float) -> str:
+    return "null" if np.isnan(number) else f"{number:g}"
+
+
 def _numbers(frame: pd.DataFrame, names: Iterable[str], where: Any, problems: list[str]) -> None:
     """Convert columns to float64 in place, null to NaN; infinities become NaN and are reported."""
     for name in names:
@@ -222,4 +222,8 @@ def _numbers(frame: pd.DataFrame, names: Iterable[str], where: Any, problems: li
         if name.endswith("_seconds") and (array < 0).any():
             i = int(np.flatnonzero(array < 0)[0])
             raise ReportError(f"{where(i)}: {name} is {array[i]:g}, expected a time of at least 0")
-        frame[name] = array
+        if name in columns.WHOLE:
+            odd = np.flatnonzero(~(np.isfinite(array) & (array == np.floor(array))))
+            if odd.size:
+                raise ReportError(f"{where(int(odd[0]))}: {name} is {_plain(array[odd[0]])}, expected a whole number")
+        frame[name] = array.astype("int64") if name in columns.WHOLE else array

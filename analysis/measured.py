@@ -25,8 +25,9 @@ class Arm:
     Attributes:
         name: how the arm is called in this report, unique in its group.
         setting: short label of the method with the settings in which the arms of its family differ.
-        timed: measured alone, not resumed, finished: one row per seed, index = seed. Everything on a time axis.
+        timed: measured alone, not resumed, finished; one row per seed, index = seed. All that has times.
         tried: the same without the condition `finished`; what did not reach a target is counted from here.
+
     """
 
     name: str
@@ -80,9 +81,7 @@ class Group:
         """The baseline of the arm's sweep, with as many epochs where there are several."""
         found = [a for a in self.arms if a.role == "baseline" and a.sweep == arm.sweep and a.n]
         epochs = arm.values.get("recipe.epochs")
-        return next(
-            (a for a in found if a.values.get("recipe.epochs") == epochs), found[0] if found else None
-        )
+        return next((a for a in found if a.values.get("recipe.epochs") == epochs), found[0] if found else None)
 
     def control_of(self, arm: Arm) -> Arm | None:
         """The arm's control: same sweep, arm name and recipe."""
@@ -105,6 +104,7 @@ def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Grou
 
     Raises:
         ReportError: measured runs of unlike hardware or software, and `allow_mixed` is false.
+
     """
     runs = results.runs[results.runs["phase"] == "measure"].copy()
     if runs.empty:
@@ -114,8 +114,8 @@ def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Grou
     strata = sorted(set(runs["stratum"]))
     if len(strata) > 1 and not allow_mixed:
         raise ReportError(
-            f"the measured runs come from {len(strata)} kinds of hardware or software ({'; '.join(strata)}), whose "
-            "seconds cannot be compared; report them apart, or pass --allow-mixed for one section each"
+            f"the measured runs come from {len(strata)} kinds of hardware or software ({'; '.join(strata)}), "
+            "whose seconds cannot be compared; report them apart, or pass --allow-mixed for one section each"
         )
     runs["task_key"] = [labels.canonical(task) for task in runs["task"]]
     tasks = {key: task for key, task in zip(runs["task_key"], runs["task"], strict=True)}
@@ -139,9 +139,7 @@ def left_out(results: Results, groups: Iterable[Group]) -> dict[str, int]:
         "shared their device with other work": int((~runs["exclusive"]).sum()),
         "were resumed from a checkpoint": int((runs["exclusive"] & runs["resumed"]).sum()),
         "have no training time": timeless,
-        "repeat a seed of the same arm": int(usable.sum())
-        - timeless
-        - sum(a.n for g in groups for a in g.arms),
+        "repeat a seed of the same arm": int(usable.sum()) - timeless - sum(a.n for g in groups for a in g.arms),
     }
     return {reason: count for reason, count in counts.items() if count}
 
@@ -152,7 +150,7 @@ def _arm_order(results: Results) -> dict[tuple[str, str], int]:
 
 
 def _arms(runs: pd.DataFrame, order: dict[tuple[str, str], int]) -> tuple[Arm, ...]:
-    """Arms of one group, in the order of the sweep files, the baseline first and controls behind their method."""
+    """Arms of one group in the order of the sweep files, the baseline first, controls behind their method."""
     runs = runs.assign(
         family=[labels.family(method) for method in runs["method"]],
         values=[labels.settings(m, r) for m, r in zip(runs["method"], runs["recipe"], strict=True)],

@@ -21,15 +21,14 @@ def tracking_uri() -> str:
 
     Raises:
         ReportError: neither is there.
+
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
         return uri
     path = Path.cwd() / "mlruns.db"
     if not path.exists():
-        raise ReportError(
-            f"{path}: no MLflow store; run in the folder of the sweep or set MLFLOW_TRACKING_URI"
-        )
+        raise ReportError(f"{path}: no MLflow store; run in the folder of the sweep or set MLFLOW_TRACKING_URI")
     return f"sqlite:///{path}"
 
 
@@ -38,27 +37,22 @@ def downloaded_records(experiment: str, problems: list[str]) -> Iterator[tuple[P
 
     Raises:
         ReportError: no mlflow, no store, no such experiment, or no run of ours in it.
+
     """
     try:
         import mlflow
         from mlflow.exceptions import MlflowException
     except ImportError as error:
-        raise ReportError(
-            f"mlflow:{experiment}: needs the package mlflow (pip install 'fastbp[sweep]')"
-        ) from error
+        raise ReportError(f"mlflow:{experiment}: needs the package mlflow (pip install 'fastbp[sweep]')") from error
     try:
         client = mlflow.MlflowClient(tracking_uri=tracking_uri())
         found = client.get_experiment_by_name(experiment)
         if found is None:
             known = ", ".join(sorted(e.name for e in client.search_experiments()))
             raise ReportError(f"mlflow:{experiment}: no such experiment; there are: {known}")
-        wanted = [
-            (run, artifact) for run in _runs(client, found.experiment_id) if (artifact := _artifact(run))
-        ]
+        wanted = [(run, artifact) for run in _runs(client, found.experiment_id) if (artifact := _artifact(run))]
         if not wanted:
-            raise ReportError(
-                f"mlflow:{experiment}: the experiment has no run written by a sweep of this project"
-            )
+            raise ReportError(f"mlflow:{experiment}: the experiment has no run written by a sweep of this project")
         with tempfile.TemporaryDirectory() as folder:
             for run, artifact in wanted:
                 yield from _download(client, run, artifact, Path(folder), problems)
@@ -86,9 +80,7 @@ def _artifact(run: Any) -> str | None:
     return SWEEP_ARTIFACT if tags.get(LEVEL_TAG) == "sweep" else None
 
 
-def _download(
-    client: Any, run: Any, artifact: str, folder: Path, problems: list[str]
-) -> Iterator[tuple[Path, str]]:
+def _download(client: Any, run: Any, artifact: str, folder: Path, problems: list[str]) -> Iterator[tuple[Path, str]]:
     target = folder / run.info.run_id
     target.mkdir()
     name = run.data.tags.get(RUN_KEY_TAG) or run.info.run_name or run.info.run_id

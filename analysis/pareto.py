@@ -1,4 +1,5 @@
-"""Fronts of accuracy against time. Non-dominance and hypervolume are moocore's; here are ties, unknowns and seeds.
+"""Fronts of accuracy against time. Non-dominance and hypervolume are moocore's; here are ties, unknowns and
+seeds.
 
 Shapes: k points (arms); n seeds. Seconds are minimised, accuracy is maximised.
 """
@@ -17,8 +18,9 @@ from analysis.statistics import LEVEL, RESAMPLES, Estimate, resampled
 def pareto_front(seconds: ArrayLike, accuracy: ArrayLike) -> NDArray[np.bool_]:
     """Which points no other point beats.
 
-    A point is beaten by one that is at least as fast and at least as accurate and better in one of the two; equal
-    points are all on the front or all off it. A point with an unknown or infinite coordinate is never on the front.
+    A point is beaten by one that is at least as fast and at least as accurate and better in one of the two;
+    equal points are all on the front or all off it. A point with an unknown or infinite coordinate is never
+    on the front.
 
     Args:
         seconds: (k,).
@@ -26,6 +28,7 @@ def pareto_front(seconds: ArrayLike, accuracy: ArrayLike) -> NDArray[np.bool_]:
 
     Returns:
         (k,) mask.
+
     """
     points = _minimised(seconds, accuracy)
     front = np.zeros(len(points), dtype=bool)
@@ -41,6 +44,7 @@ def hypervolume(seconds: ArrayLike, accuracy: ArrayLike, reference: tuple[float,
     Args:
         seconds, accuracy: (k,); unknown points are left out.
         reference: the worst seconds and the worst accuracy that count; points beyond it contribute nothing.
+
     """
     points = _minimised(seconds, accuracy)
     corner = np.array([reference[0], -reference[1]])
@@ -61,6 +65,7 @@ def resampled_points(
 
     Returns:
         Two arrays (resamples, k); NaN where a sample drew no seed that the arm has.
+
     """
     times, scores = np.asarray(seconds, dtype=float), np.asarray(accuracy, dtype=float)
     drawn = resampled(len(times), rng, resamples)
@@ -79,6 +84,7 @@ def front_membership(
 
     Returns:
         (k,) shares in [0, 1]; all NaN where n < 2, as one seed says nothing about spread.
+
     """
     times = np.asarray(seconds, dtype=float)
     if len(times) < 2:
@@ -100,6 +106,7 @@ def hypervolume_estimate(
 
     Args:
         seconds, accuracy: (n, k) as in `resampled_points`.
+
     """
     times, scores = np.asarray(seconds, dtype=float), np.asarray(accuracy, dtype=float)
     n = len(times)

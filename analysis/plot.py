@@ -76,6 +76,8 @@ def pareto_plot(group: Group, width: int, height: int) -> Plot:
         tip = point_tip(group, arm, on_front.get(arm.name))
         marks.append(Mark(group.arms.index(arm), arm, *position, x_bar, y_bar, tip))
     corners = [(x(s), y(100 * a)) for s, a in zip(*steps(group), strict=True)]
+    if corners:  # what lies below and to the right of the line is dominated
+        corners = [(corners[0][0], y.start), *corners, (x.end, corners[-1][1])]
     return Plot(group.title, width, height, x, y, tuple(_labelled(marks, width)), _path(corners))
 
 
@@ -125,7 +127,11 @@ def axis(values: Iterable[float], pixels: tuple[float, float], title: str) -> Ax
     low, high = (0.0 if low == 0 else low - margin), high + margin
     plain = Axis(low, high, *pixels, title, ())
     room = abs(pixels[1] - pixels[0])
-    ticks = [float(t) for t in MaxNLocator(nbins=max(3, int(room // 70))).tick_values(low, high) if low <= t <= high]
+    ticks = [
+        float(t)
+        for t in MaxNLocator(nbins=max(3, int(room // 70)), steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        if low <= t <= high
+    ]
     digits = _digits(ticks)
     return Axis(low, high, *pixels, title, tuple((plain(t), f"{t:.{digits}f}") for t in ticks))
 

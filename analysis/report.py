@@ -62,6 +62,7 @@ def build(sources: Iterable[str | Path], *, allow_mixed: bool = False) -> Report
 
     Raises:
         ReportError: the sources cannot be read or may not be compared.
+
     """
     results = load(list(sources))
     groups = measured_groups(results, allow_mixed=allow_mixed)
@@ -97,24 +98,29 @@ def write(report: Report, out: Path) -> Path:
 
     Raises:
         ReportError: the folder cannot be written.
+
     """
     try:
-        for name, content in files(report):
+        for name, content in (*text_files(report), *figure_files(report)):
             _write_file(out / name, content)
     except OSError as error:
         raise ReportError(f"{out}: cannot write the report there ({error.strerror})") from error
     return out / "report.html"
 
 
-def files(report: Report) -> Iterator[tuple[str, bytes]]:
-    """Paths inside the report folder and their contents."""
+def figure_files(report: Report) -> Iterator[tuple[str, bytes]]:
+    """Paths of the figures inside the report folder and their contents."""
+    for section in report.sections:
+        for name, content in figures(section.group, report.results.epochs, report.styles):
+            yield f"figures/{name}", content
+
+
+def text_files(report: Report) -> Iterator[tuple[str, bytes]]:
+    """Paths of tables and pages inside the report folder and their contents."""
     for one in all_tables(report):
         formats = {"csv": table.to_csv, "json": table.to_json, "tex": table.to_latex}
         for suffix, form in formats.items():
             yield f"tables/{one.name}.{suffix}", form(one).encode()
-    for section in report.sections:
-        for name, content in figures(section.group, report.results.epochs, report.styles):
-            yield f"figures/{name}", content
     yield "report.md", _render("report.md.j2", report, html=False)
     yield "report.html", _render("report.html.j2", report, html=True)
 
@@ -123,7 +129,8 @@ def all_tables(report: Report) -> list[table.Table]:
     """Each table once, the sections' joined with the group in the first column."""
     names = dict.fromkeys(t.name for s in report.sections for t in s.tables)
     found = [
-        table.joined([(s.group.title, t) for s in report.sections for t in s.tables if t.name == name]) for name in names
+        table.joined([(s.group.title, t) for s in report.sections for t in s.tables if t.name == name])
+        for name in names
     ]
     return [*found, *report.overview]
 

@@ -1,8 +1,8 @@
 """Estimates with intervals over seeds: pure functions; axes in the docstrings, random generators passed in.
 
-Means of accuracies, differences and log ratios get Student's t interval, which keeps its coverage at the three to
-ten seeds that people can afford, where a bootstrap of the mean is too narrow. Statistics without a closed form get
-the percentile bootstrap.
+Means of accuracies, differences and log ratios get Student's t interval, which keeps its coverage at the
+three to ten seeds that people can afford, where a bootstrap of the mean is too narrow. Statistics without a
+closed form get the percentile bootstrap.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 LEVEL = 0.95
 RESAMPLES = 4000
@@ -31,6 +31,7 @@ class Estimate:
         value: None where nothing is known; may be infinite for times (target not reached).
         low, high: ends of the 95 % interval, None where n < 2.
         n: independent values (seeds) behind it.
+
     """
 
     value: float | None = None
@@ -40,9 +41,7 @@ class Estimate:
 
     def scaled(self, factor: float) -> Estimate:
         """The estimate in another unit; `factor` is positive."""
-        return Estimate(
-            *(None if x is None else x * factor for x in (self.value, self.low, self.high)), n=self.n
-        )
+        return Estimate(*(None if x is None else x * factor for x in (self.value, self.low, self.high)), n=self.n)
 
 
 def generator(*names: object) -> np.random.Generator:
@@ -50,14 +49,13 @@ def generator(*names: object) -> np.random.Generator:
     return np.random.default_rng(zlib.crc32("\x1f".join(map(str, names)).encode()))
 
 
-def mean_estimate(
-    values: ArrayLike, *, level: float = LEVEL, bounds: tuple[float, float] | None = None
-) -> Estimate:
+def mean_estimate(values: ArrayLike, *, level: float = LEVEL, bounds: tuple[float, float] | None = None) -> Estimate:
     """Mean with Student's t interval.
 
     Args:
         values: (n,) independent values; NaN are left out.
         bounds: the interval is cut to this range, e.g. (0, 1) for an accuracy.
+
     """
     x = _known(values)
     if x.size == 0:
@@ -65,7 +63,7 @@ def mean_estimate(
     mean = float(x.mean())
     if x.size == 1:
         return Estimate(mean, n=1)
-    half = float(stats.t.ppf(0.5 + level / 2, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size))
+    half = float(stdtrit(x.size - 1, 0.5 + level / 2) * x.std(ddof=1) / math.sqrt(x.size))
     low, high = mean - half, mean + half
     if bounds is not None:
         low, high = max(low, bounds[0]), min(high, bounds[1])
@@ -75,7 +73,8 @@ def mean_estimate(
 def median_estimate(values: ArrayLike, rng: np.random.Generator, *, level: float = LEVEL) -> Estimate:
     """Median with a percentile bootstrap interval; infinite values are allowed, NaN are left out.
 
-    Below six values no distribution-free interval of a median reaches 95 %; this one is then at most the range.
+    Below six values no distribution-free interval of a median reaches 95 %; this one is then at most the
+    range.
     """
     x = _known(values)
     if x.size == 0:
@@ -102,6 +101,7 @@ def bootstrap_interval(
 
     Returns:
         Low and high end, (None, None) where n < 2.
+
     """
     x = np.asarray(values, dtype=float)
     if x.size < 2:
@@ -122,6 +122,7 @@ def difference_estimate(a: ArrayLike, b: ArrayLike, *, level: float = LEVEL) -> 
 
     Args:
         a, b: (n,) values of the same seeds in the same order; a pair with a NaN is left out.
+
     """
     return mean_estimate(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), level=level)
 
@@ -130,15 +131,14 @@ def ratio_estimate(numerator: ArrayLike, denominator: ArrayLike, *, level: float
     """Geometric mean of the paired ratios, with the t interval of the mean log ratio.
 
     Args:
-        numerator, denominator: (n,) values of the same seeds in the same order; pairs that are not both positive
-            and finite are left out.
+        numerator, denominator: (n,) values of the same seeds in the same order; a pair with one that is not
+            positive and finite is left out.
+
     """
     a, b = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
     usable = np.isfinite(a) & np.isfinite(b) & (a > 0) & (b > 0)
     logs = mean_estimate(np.log(a[usable]) - np.log(b[usable]), level=level)
-    return Estimate(
-        *(None if x is None else math.exp(x) for x in (logs.value, logs.low, logs.high)), n=logs.n
-    )
+    return Estimate(*(None if x is None else math.exp(x) for x in (logs.value, logs.low, logs.high)), n=logs.n)
 
 
 def time_to_target(seconds: ArrayLike, accuracy: ArrayLike, target: float) -> float:
@@ -150,6 +150,7 @@ def time_to_target(seconds: ArrayLike, accuracy: ArrayLike, target: float) -> fl
 
     >>> time_to_target([1.0, 2.0, 3.0], [0.5, 0.9, 0.8], target=0.8)
     2.0
+
     """
     reached = np.flatnonzero(np.asarray(accuracy, dtype=float) >= target)
     return float(np.asarray(seconds, dtype=float)[reached[0]]) if reached.size else math.inf
@@ -158,8 +159,8 @@ def time_to_target(seconds: ArrayLike, accuracy: ArrayLike, target: float) -> fl
 def censored_ratio(numerator: ArrayLike, denominator: ArrayLike, rng: np.random.Generator) -> Estimate:
     """Median of the paired ratios of times that may be infinite (not reached).
 
-    A pair in which the denominator alone is infinite counts as 0, the numerator alone as infinite; a pair in which
-    both are infinite says nothing and makes the estimate empty, rather than being dropped.
+    A pair in which the denominator alone is infinite counts as 0, the numerator alone as infinite; a pair in
+    which both are infinite says nothing and makes the estimate empty, rather than being dropped.
     """
     a, b = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
     if a.size == 0 or bool((np.isinf(a) & np.isinf(b)).any()) or bool((b == 0).any()):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from analysis.measured import Arm, Group
 from analysis.statistics import Estimate, difference_estimate
-from analysis.table import estimate, number
+from analysis.table import estimate
 from analysis.tables import accuracy_gain, front, speed_up
 
 MIN_SEEDS = 3
@@ -24,6 +24,7 @@ class Comparison:
 
     Attributes:
         sentence: speed and accuracy in words, without the arm's name and the verdict.
+
     """
 
     arm: Arm
@@ -136,8 +137,8 @@ def _basis(group: Group, baselines: list[Arm]) -> str:
         accuracy, seconds = group.accuracy(arm), group.seconds(arm)
         if accuracy.value is not None and seconds.value is not None:
             text += (
-                f" The baseline {arm.name} reaches {estimate(accuracy, 'percent')} % {group.accuracy_name} in "
-                f"{estimate(seconds, 'seconds')} s of training."
+                f" The baseline {arm.name} reaches {estimate(accuracy, 'percent')} % {group.accuracy_name} "
+                f"in {estimate(seconds, 'seconds')} s of training."
             )
     return text
 
@@ -154,27 +155,30 @@ def _notes(group: Group, comparisons: Iterable[Comparison]) -> Iterable[str]:
     decided = [c for c in comparisons if c.verdict != "not enough data"]
     fewest = min((min(c.speed.n, c.gain.n) for c in decided), default=CLAIM_SEEDS)
     if fewest < CLAIM_SEEDS:
-        yield f"With {fewest} seeds this is a first impression; use at least {CLAIM_SEEDS} before claiming anything."
+        yield f"With {fewest} seeds this is a first impression; claim nothing below {CLAIM_SEEDS}."
     if len(decided) > 1:
         yield (
-            f"{len(decided)} methods were compared without correcting for multiple comparisons: about one in twenty "
-            "intervals misses by chance."
+            f"{len(decided)} methods were compared without correcting for multiple comparisons: about one in "
+            "twenty intervals misses by chance."
         )
 
 
 def _control_note(group: Group, comparison: Comparison) -> str | None:
-    """Says so where the control already has the speed, so that the estimate is not what makes it faster."""
+    """What the estimate itself does against the exact control of the same plan."""
     arm, control = comparison.arm, group.control_of(comparison.arm)
-    if control is None or sign(comparison.speed, 1.0) <= 0:
+    if control is None:
         return None
     seeds = [s for s in arm.timed.index if s in control.timed.index]
-    effect = difference_estimate(arm.at("train_seconds", seeds), control.at("train_seconds", seeds))
-    if effect.n < MIN_SEEDS or effect.value is None:
-        return None
-    if sign(effect, 0.0) < 0:
-        share = f"{number(-effect.value, 'seconds')} s"
-        return f"{arm.name}: its gradient estimate itself saves {share} against its own exact control."
-    return (
-        f"{arm.name}: its gradient estimate is not what makes it faster: its exact control, with the same plan, "
-        "takes no more time."
+    time, gain = (
+        difference_estimate(arm.at(column, seeds), control.at(column, seeds))
+        for column in ("train_seconds", group.accuracy_column)
     )
+    if min(time.n, gain.n) < MIN_SEEDS:
+        return None
+    text = (
+        f"{arm.name}: against its own exact control, which keeps its plan, the estimate changes training "
+        f"time by {estimate(time, 'difference')} s and accuracy by {estimate(gain, 'points')} points."
+    )
+    if sign(comparison.speed, 1.0) > 0 and sign(time, 0.0) >= 0:
+        text += " So its estimate is not what makes it faster."
+    return text

@@ -16,18 +16,25 @@ from analysis.statistics import Estimate
 Kind = Literal[
     "text", "count", "percent", "points", "seconds", "difference", "ratio", "share", "flag", "bytes", "number"
 ]
-UNITS = {"percent": "%", "points": "percentage points", "seconds": "s", "difference": "s", "bytes": "MiB"}
+UNITS = {"percent": "%", "points": "points", "seconds": "s", "difference": "s", "bytes": "MiB"}
 _FACTORS = {"percent": 100.0, "points": 100.0, "bytes": 2.0**-20}
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: `key` into the rows, what stands above it, and how its values read; `null` stands for unknown."""
+    """A column: `key` into the rows, what stands above it, and how its values read.
+
+    Attributes:
+        null: what stands for unknown.
+        shown: false for a column that only the files for machines have.
+
+    """
 
     key: str
     title: str
     kind: Kind = "text"
     null: str = "–"
+    shown: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,13 @@ class Table:
     columns: Sequence[Column]
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def shown(self) -> list[Column]:
+        return [column for column in self.columns if column.shown]
+
     def cells(self, row: dict[str, Any]) -> list[str]:
-        return [text(row.get(column.key), column) for column in self.columns]
+        """The shown columns of a row as people read them."""
+        return [text(row.get(column.key), column) for column in self.shown]
 
 
 def text(value: Any, column: Column) -> str:
@@ -64,7 +76,7 @@ def estimate(e: Estimate, kind: Kind) -> str:
 
 
 def number(value: float, kind: Kind, *, like: float | None = None) -> str:
-    """A number with the digits that its kind deserves, or that `like` would get, and with its sign × if a ratio.
+    """A number with the digits that its kind deserves, or that `like` would get; a ratio ends in ×.
 
     Units stand in the header.
     """
@@ -111,6 +123,7 @@ def joined(tables: Sequence[tuple[str, Table]]) -> Table:
 
     Args:
         tables: group title and table, at least one; columns may differ and are united.
+
     """
     first = tables[0][1]
     columns = {c.key: c for _, t in tables for c in t.columns}
@@ -119,13 +132,11 @@ def joined(tables: Sequence[tuple[str, Table]]) -> Table:
 
 
 def plain_rows(table: Table) -> list[dict[str, Any]]:
-    """Rows of raw numbers for machines: an estimate becomes `key`, `key_low`, `key_high`, `key_n`; unknown is None.
+    """Rows of raw numbers: an estimate becomes `key`, `key_low`, `key_high`, `key_n`; unknown is None.
 
-    Units are those of the records: fractions, seconds, bytes.
+    Units are those of the records: fractions, seconds, bytes. A time that was not reached is infinite.
     """
-    estimates = {
-        c.key for c in table.columns if any(isinstance(row.get(c.key), Estimate) for row in table.rows)
-    }
+    estimates = {c.key for c in table.columns if any(isinstance(row.get(c.key), Estimate) for row in table.rows)}
     out = []
     for row in table.rows:
         plain: dict[str, Any] = {}
@@ -134,9 +145,9 @@ def plain_rows(table: Table) -> list[dict[str, Any]]:
             if column.key in estimates:
                 e = value if isinstance(value, Estimate) else Estimate()
                 parts = {"": e.value, "_low": e.low, "_high": e.high, "_n": e.n}
-                plain |= {column.key + suffix: _finite(part) for suffix, part in parts.items()}
+                plain |= {column.key + suffix: _known(part) for suffix, part in parts.items()}
             else:
-                plain[column.key] = _finite(value)
+                plain[column.key] = _known(value)
         out.append(plain)
     return out
 
@@ -152,22 +163,23 @@ def to_csv(table: Table) -> str:
 
 
 def to_json(table: Table) -> str:
-    data = {"name": table.name, "title": table.title, "caption": table.caption, "rows": plain_rows(table)}
+    rows = [{key: _finite(value) for key, value in row.items()} for row in plain_rows(table)]
+    data = {"name": table.name, "title": table.title, "caption": table.caption, "rows": rows}
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_markdown(table: Table) -> str:
     """A pipe table, without title and caption."""
-    head = [markdown(header(c)) for c in table.columns]
-    rule = ["---" if c.kind == "text" else "---:" for c in table.columns]
+    head = [markdown(header(c)) for c in table.shown]
+    rule = ["---" if c.kind == "text" else "---:" for c in table.shown]
     body = [[markdown(cell) for cell in table.cells(row)] for row in table.rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, rule, *body]) + "\n"
 
 
 def to_latex(table: Table) -> str:
-    """A booktabs table with its caption, to `\\input` into a paper."""
-    align = "".join("l" if c.kind == "text" else "r" for c in table.columns)
-    lines = [[latex(header(c)) for c in table.columns]]
+    """A booktabs table with its caption, for a paper."""
+    align = "".join("l" if c.kind == "text" else "r" for c in table.shown)
+    lines = [[latex(header(c)) for c in table.shown]]
     lines += [[latex(cell) for cell in table.cells(row)] for row in table.rows]
     body = [" & ".join(cells) + r" \\" for cells in lines]
     return "\n".join(
@@ -212,5 +224,10 @@ def latex(raw: str) -> str:
     return "".join(_LATEX.get(c, c) for c in re.sub(r"\s+", " ", raw))
 
 
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """JSON has no infinity; it is written as text."""
+    return "inf" if isinstance(value, float) and math.isinf(value) else value

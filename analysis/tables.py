@@ -23,7 +23,7 @@ from analysis.statistics import (
 )
 from analysis.table import Column, Table, number
 
-NAMES = (Column("arm", "arm"), Column("role", "role"), Column("setting", "setting"))
+NAMES = (Column("arm", "arm"), Column("role", "role", shown=False), Column("setting", "setting"))
 
 
 def name_cells(arm: Arm) -> dict[str, str]:
@@ -93,26 +93,26 @@ def pareto_table(group: Group) -> Table:
         *NAMES,
         Column("n", "seeds", "count"),
         Column("accuracy", group.accuracy_name, "percent"),
-        Column("val_accuracy", "validation accuracy", "percent"),
         Column("seconds", "training time", "seconds"),
         Column("speed_up", "speed-up", "ratio"),
         Column("accuracy_gain", "accuracy − baseline", "points"),
         Column("on_front", "on front", "flag"),
         Column("p_front", "P(on front)", "share"),
+        Column("val_accuracy", "validation accuracy", "percent"),
     )
     if group.accuracy_column == "val_accuracy":
         columns = tuple(c for c in columns if c.key != "val_accuracy")
-    return Table("pareto", "Accuracy against training time", _pareto_caption(group), columns, rows)
+    return Table("pareto", "Accuracy, time and speed-up", _pareto_caption(group), columns, rows)
 
 
 def _pareto_caption(group: Group) -> str:
     caption = (
-        "Finished measured runs, alone on the device. Accuracy: mean over seeds; training time: median over the same "
-        "runs; brackets: 95 % intervals. Speed-up and accuracy − baseline are paired by seed. The front is that of "
-        "the baseline and the methods; controls explain, they do not compete."
+        "Finished measured runs, alone on the device. Accuracy: mean over seeds; training time: median over "
+        "the same runs; brackets: 95 % intervals. Speed-up and accuracy − baseline are paired by seed. The "
+        "front is that of the baseline and the methods; controls explain, they do not compete."
     )
     if group.accuracy_column == "val_accuracy":
-        caption += " No test accuracy for all runs, so validation accuracy is shown, on which settings may have been chosen."
+        caption += " Some runs have no test accuracy: this is validation accuracy, on which settings were chosen."
     volume, reference = front_volume(group)
     if volume.value is not None:
         interval = "" if volume.low is None else f" [{volume.low:.3f}, {volume.high:.3f}]"
@@ -127,7 +127,7 @@ def _pareto_caption(group: Group) -> str:
 def front_volume(group: Group) -> tuple[Estimate, tuple[float, float]]:
     """Hypervolume of the candidates in units of the baseline's own, and its reference point.
 
-    The reference is twice the baseline's median seconds and accuracy 0: it does not move when a method is added.
+    The reference is twice the baseline's median seconds and accuracy 0: adding a method does not move it.
     """
     baselines = [arm for arm in group.candidates if arm.role == "baseline"]
     if not baselines:
@@ -152,8 +152,8 @@ def targets(group: Group, results: Results) -> tuple[list[float], str]:
     if reached is None:
         return [], "No targets were planned and there is no baseline to take them from."
     return [0.95 * reached, 0.99 * reached], (
-        "No targets were planned: they are 95 % and 99 % of the baseline's mean final validation accuracy, so they "
-        "were chosen after measuring."
+        "No targets were planned: they are 95 % and 99 % of the baseline's mean final validation accuracy, "
+        "so they were chosen after measuring."
     )
 
 
@@ -177,16 +177,15 @@ def target_table(group: Group, results: Results) -> Table:
                 | {
                     "target": target,
                     "reached": f"{sum(map(math.isfinite, own.values()))} of {len(own)}",
-                    "seconds": median_estimate(
-                        list(own.values()), generator("target", group.title, arm.name, target)
-                    ),
+                    "seconds": median_estimate(list(own.values()), generator("target", group.title, arm.name, target)),
                     "speed_up": ratio,
                 }
             )
     caption = (
         "Training seconds until an evaluation first reached the target validation accuracy, in steps of one "
-        f"evaluation. {source} Runs that missed it, or ended before, count as not reached and stay in the median. "
-        "Speed-up: median of the baseline's time over the arm's, paired by seed; 0 where the arm missed it."
+        f"evaluation. {source} Runs that missed it, or ended before, count as not reached and stay in the "
+        "median. Speed-up: median of the baseline's time over the arm's, paired by seed; 0 where the arm "
+        "missed it."
     )
     columns = (
         Column("target", "target", "percent"),
@@ -203,11 +202,7 @@ def _target_times(arm: Arm, curves: dict, target: float) -> dict[int, float]:
     out = {}
     for seed, run_key in arm.tried["run_key"].items():
         curve = curves.get(run_key)
-        reached = (
-            math.inf
-            if curve is None
-            else time_to_target(curve["train_seconds"], curve["val_accuracy"], target)
-        )
+        reached = math.inf if curve is None else time_to_target(curve["train_seconds"], curve["val_accuracy"], target)
         out[int(seed)] = math.inf if math.isnan(reached) else reached
     return out
 
@@ -226,9 +221,9 @@ def control_table(group: Group) -> Table:
             row |= {f"{key}_estimate": difference_estimate(a, b), f"{key}_plan": difference_estimate(b, c)}
         rows.append(row)
     caption = (
-        "The control runs the method at the setting where its estimate is the exact gradient. Estimate effect: method "
-        "− control. Plan and machinery effect (learning rate, batch size, hooks): control − baseline. Paired by "
-        "seed, mean with 95 % interval; fewer seconds are better."
+        "The control runs the method at the setting where its estimate is the exact gradient. Estimate "
+        "effect: method − control. Plan and machinery effect (learning rate, batch size, hooks): control − "
+        "baseline. Paired by seed, mean with 95 % interval; fewer seconds are better."
     )
     columns = (
         *(c for c in NAMES if c.key != "role"),
@@ -258,5 +253,5 @@ def segment_table(group: Group) -> Table:
         Column("flops_executed", "FLOPs executed", "number", unknown),
         Column("energy_joules", "energy (J)", "number", unknown),
     )
-    caption = "Means over the finished measured runs. Only `train` is the training time of the other tables."
+    caption = "Means over the finished measured runs. Only “train” is the training time of the other tables."
     return Table("segments", "Where the time went; memory and work", caption, columns, rows)

@@ -34,6 +34,7 @@ class ShortcutAdd(nn.Module):
     Args:
         shortcut: takes the block's input to the shape of the branch's output.
         relu: whether the block ends in a ReLU (post-activation nets).
+
     """
 
     def __init__(self, shortcut: nn.Module, relu: bool) -> None:
@@ -68,6 +69,7 @@ class Residual(nn.Module):
     Raises:
         TypeError: one of them is not a module.
         ValueError: at the forward, input and branch output differ in shape (they are never broadcast).
+
     """
 
     def __init__(self, branch: nn.Module, merge: nn.Module | None = None) -> None:
@@ -94,6 +96,7 @@ class Chain(nn.Module):
     Raises:
         TypeError: stem or head is not a module, or a block is not a `Residual`.
         ValueError: there is no block.
+
     """
 
     def __init__(self, stem: nn.Module, blocks: nn.ModuleList | Sequence[nn.Module], head: nn.Module) -> None:
@@ -104,9 +107,7 @@ class Chain(nn.Module):
                     f"Chain: {name} must be an nn.Module (nn.Identity() for none), got {type(part).__name__}"
                 )
         if not isinstance(blocks, nn.ModuleList | list | tuple):
-            raise TypeError(
-                f"Chain: blocks must be an nn.ModuleList of Residual, got {type(blocks).__name__}"
-            )
+            raise TypeError(f"Chain: blocks must be an nn.ModuleList of Residual, got {type(blocks).__name__}")
         for i, block in enumerate(blocks):
             if not isinstance(block, Residual):
                 hint = "wrap it as Residual(block), or Residual(block, Replace()) where nothing is added"
@@ -140,7 +141,5 @@ def has_residual_path(block: Residual) -> bool:
 def _add(x: Tensor, z: Tensor) -> Tensor:
     if x.shape != z.shape:
         got = f"shortcut {tuple(x.shape)}, branch {tuple(z.shape)}"
-        raise ValueError(
-            f"Residual: the two terms differ in shape ({got}); use ShortcutAdd or Replace as merge"
-        )
+        raise ValueError(f"Residual: the two terms differ in shape ({got}); use ShortcutAdd or Replace as merge")
     return x + z

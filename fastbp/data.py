@@ -36,6 +36,7 @@ class Dataset:
         input_shape: of one example, (C, H, W) or (T,).
         mean, std: per channel, of the training images, in units of the stored values; empty for text.
         dtype: of the images in a batch.
+
     """
 
     name: str
@@ -83,6 +84,7 @@ class Dataset:
 
         Raises:
             ValueError: batch_size or augment is not one of these.
+
         """
         bounds = _bounds(len(self.train), batch_size)
         if augment not in AUGMENTATIONS:
@@ -104,16 +106,14 @@ class Dataset:
         if "crop" in augment:
             pads = _pads(self.input_shape)
             generator = _generator(seed, epoch, 2)
-            shifts = _move(
-                torch.stack([torch.randint(2 * p + 1, (n,), generator=generator) for p in pads]), device
-            )
+            shifts = _move(torch.stack([torch.randint(2 * p + 1, (n,), generator=generator) for p in pads]), device)
         for start, end in bounds:
             index = order[start:end]
             x = self.train.x[index]
             if shifts is not None:
-                x = _crop(x, shifts[:, index])
+                x = _crop(x, shifts[:, start:end])
             if flips is not None:
-                x = torch.where(flips[index][:, None, None, None], x.flip(3), x)
+                x = torch.where(flips[start:end, None, None, None], x.flip(3), x)
             yield self._normalised(x), self.train.y[index]
 
     def eval_batches(self, split: Literal["val", "test"], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -148,15 +148,11 @@ class Dataset:
     def _scale(self) -> tuple[Tensor, Tensor]:
         """Mean and std (C, 1, 1) on the device, in float32 at least: half precision would blur the values."""
         dtype = torch.promote_types(self.dtype, torch.float32)
-        mean, std = (
-            _move(torch.tensor(v, dtype=dtype)[:, None, None], self.device) for v in (self.mean, self.std)
-        )
+        mean, std = (_move(torch.tensor(v, dtype=dtype)[:, None, None], self.device) for v in (self.mean, self.std))
         return mean, std
 
 
-def load_dataset(
-    spec: str, *, device: torch.device | str, dtype: torch.dtype = torch.float32, **args: Any
-) -> Dataset:
+def load_dataset(spec: str, *, device: torch.device | str, dtype: torch.dtype = torch.float32, **args: Any) -> Dataset:
     """Load a data set onto a device.
 
     Args:
@@ -170,6 +166,7 @@ def load_dataset(
         ValueError: unknown data set or argument (the message has the nearest name), or an impossible value.
         ImportError: the source needs a library that is not installed.
         OSError: a download failed.
+
     """
     name, _, path = spec.partition(":")
     if name not in SOURCES:
@@ -177,15 +174,11 @@ def load_dataset(
     source = SOURCES[name]
     accepted = list(inspect.signature(source).parameters)
     if bool(path) != ("path" in accepted):
-        raise ValueError(
-            f"data {spec!r}: {f'a path is missing, {name}:PATH' if not path else f'{name} takes no path'}"
-        )
+        raise ValueError(f"data {spec!r}: {f'a path is missing, {name}:PATH' if not path else f'{name} takes no path'}")
     known = [a for a in accepted if a != "path"] + ["limit"]
     for key in args:
         if key not in known:
-            raise ValueError(
-                f"data {spec!r} has no argument {key!r}{nearest(key, known)}; known: {', '.join(known)}"
-            )
+            raise ValueError(f"data {spec!r} has no argument {key!r}{nearest(key, known)}; known: {', '.join(known)}")
     if not dtype.is_floating_point:
         raise ValueError(f"data {spec!r}: dtype = {dtype}: expected a floating-point type")
     limit = args.pop("limit", None)
@@ -218,9 +211,7 @@ def channel_statistics(x: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]
 def _bounds(n: int, batch_size: int) -> list[tuple[int, int]]:
     """Start and end of each batch; a single example left over joins the batch before."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 2:
-        raise ValueError(
-            f"batch_size = {batch_size!r}: expected a whole number, at least 2 (batch normalisation)"
-        )
+        raise ValueError(f"batch_size = {batch_size!r}: expected a whole number, at least 2 (batch normalisation)")
     starts = list(range(0, n, batch_size))
     if n % batch_size == 1 and len(starts) > 1:
         starts.pop()

@@ -22,7 +22,12 @@ def device_fingerprint(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "threads": torch.get_num_threads(),
         }
-    return {"type": device.type, "name": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    return {
+        "type": device.type,
+        "name": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def software_fingerprint() -> dict[str, Any]:

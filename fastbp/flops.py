@@ -24,7 +24,9 @@ def step_flops(estimator: GradientEstimator, x: Tensor, y: Tensor) -> float | No
 
     Args:
         estimator: bound to a copy that may be thrown away, after `start_epoch` and a few steps.
-        x, y: one full batch.
+        x: inputs of one full batch.
+        y: its labels.
+
     """
     if any(isinstance(module, nn.RNNBase) for module in estimator.model.modules()):
         return None  # recurrent kernels are opaque to the dispatcher
@@ -79,5 +81,7 @@ _FORMULAS: dict[Any, Any] = {
     **flop_counter.flop_registry,
     # torch's table misses attention on the CPU (pytorch issue 195460)
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.shape_wrapper(_attention),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.shape_wrapper(_attention_backward),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.shape_wrapper(
+        _attention_backward
+    ),
 }

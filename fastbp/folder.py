@@ -27,9 +27,7 @@ from fastbp.sources import Split, data_root, whole
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 GREY_MODES = ("1", "L", "LA")
-SMALL_FILE_BYTES = (
-    8192  # threads halve the decoding of photographs on two cores, and slow down that of thumbnails
-)
+SMALL_FILE_BYTES = 8192  # threads halve the decoding of photographs on two cores, and slow down that of thumbnails
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,7 @@ def load_folder(path: str, size: int | list[int] | None) -> tuple[dict[str, Spli
     Raises:
         ValueError: no such folder, no images in it, an unreadable image, or a colour image among grey ones.
         ImportError: the images have to be decoded and Pillow is not installed.
+
     """
     root = Path(path).expanduser().resolve()
     height_width = _height_width(size)
@@ -106,9 +105,7 @@ def _list(root: Path) -> tuple[dict[str, Part], list[str]]:
     parts = {name: _list_part(folder, classes) for name, folder in folders.items()}
     for name, part in parts.items():
         if not part.files:
-            raise ValueError(
-                f"data 'folder:{root}': no images ({' '.join(SUFFIXES)}) in {folders[name]}/<class>/"
-            )
+            raise ValueError(f"data 'folder:{root}': no images ({' '.join(SUFFIXES)}) in {folders[name]}/<class>/")
     return parts, classes
 
 
@@ -116,9 +113,7 @@ def _list_part(folder: Path, classes: list[str]) -> Part:
     part = Part([], [])
     unknown = sorted(set(_class_folders(folder)) - set(classes))
     if unknown:
-        raise ValueError(
-            f"data 'folder:{folder.parent}': {folder} has the class {unknown[0]!r}, which train/ has not"
-        )
+        raise ValueError(f"data 'folder:{folder.parent}': {folder} has the class {unknown[0]!r}, which train/ has not")
     for label, name in enumerate(classes):
         files = sorted(
             os.path.join(place, file)
@@ -138,12 +133,14 @@ def _class_folders(folder: Path) -> list[str]:
 
 
 def _fingerprint(root: Path, parts: dict[str, Part], classes: list[str]) -> str:
-    """Changes with the name, the size in bytes and the time of change of any image."""
+    """Changes with the name, size or time of any image; its ctime tells where `mv` and `cp -p` keep the other three."""
     digest = hashlib.sha256("\n".join(classes).encode())
     for part in parts.values():
         for file in part.files:
             status = os.stat(file)
-            digest.update(f"{os.path.relpath(file, root)}\n{status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(
+                f"{os.path.relpath(file, root)}\n{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode()
+            )
     return digest.hexdigest()
 
 
@@ -183,9 +180,7 @@ def _pixels(file: str, height_width: tuple[int, int], grey: bool) -> Tensor:
     height, width = height_width
     with _opened(file) as image:
         if grey and image.mode not in GREY_MODES:
-            raise ValueError(
-                f"{file} is in colour, but the first image of its folder is grey: convert one of them"
-            )
+            raise ValueError(f"{file} is in colour, but the first image of its folder is grey: convert one of them")
         image = image.convert("L" if grey else "RGB")
         if image.size != (width, height):
             image = image.resize((width, height), resample=2)  # PIL.Image.Resampling.BILINEAR

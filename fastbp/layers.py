@@ -23,7 +23,7 @@ class SubsamplePad(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over `(B, tokens, dim)`; `causal` lets a token see only those before it."""
+    """Multi-head self-attention over `(B, tokens, dim)`; `causal`: a token sees itself and those before."""
 
     def __init__(self, dim: int, heads: int, *, causal: bool) -> None:
         super().__init__()

@@ -29,6 +29,7 @@ class EpochPlan:
     Attributes:
         lr_scale: factor on the recipe's learning rate, all parameter groups alike.
         batch_scale: factor on the recipe's batch size.
+
     """
 
     lr_scale: float = 1.0
@@ -60,6 +61,7 @@ class Method(ABC):
         Raises:
             TypeError: the method cannot see into this model or does not combine with its inner method.
             ValueError: a setting is impossible for this model. In both cases the model is untouched.
+
         """
 
     @abstractmethod
@@ -73,14 +75,19 @@ class Method(ABC):
     @property
     def name(self) -> str:
         """The short name in `METHODS`, or `module:Class` for a method of somebody else's."""
-        return next((k for k, v in _methods().items() if v is type(self)), f"{type(self).__module__}:{type(self).__qualname__}")
+        return next(
+            (k for k, v in _methods().items() if v is type(self)),
+            f"{type(self).__module__}:{type(self).__qualname__}",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The method as JSON-able nested dictionaries; `method_from_dict` is the inverse."""
         out: dict[str, Any] = {"method": self.name}
         for f in fields(self):
             value = getattr(self, f.name)
-            out[f.name] = value.to_dict() if isinstance(value, Method) else list(value) if isinstance(value, tuple) else value
+            out[f.name] = (
+                value.to_dict() if isinstance(value, Method) else list(value) if isinstance(value, tuple) else value
+            )
         return out
 
     @classmethod
@@ -89,6 +96,7 @@ class Method(ABC):
 
         Raises:
             TypeError: the dictionary describes another class than the one `from_dict` was called on.
+
         """
         method = method_from_dict(data)
         if not isinstance(method, cls):
@@ -101,6 +109,7 @@ class GradientEstimator(ABC):
 
     Attributes:
         model: the user's object; what to optimise, evaluate and save.
+
     """
 
     model: nn.Module
@@ -194,6 +203,7 @@ def nest(methods: Iterable[Method]) -> Method:
 
     Raises:
         TypeError: a leaf stands before another method.
+
     """
     from fastbp.methods.backprop import Backprop
 
@@ -222,6 +232,7 @@ def method_from_dict(data: dict[str, Any]) -> Method:
 
     Raises:
         ValueError: unknown name or field, or a value that the method refuses; the message has the nearest valid name.
+
     """
     data = dict(data)
     kind = method_class(data.pop("method", None))
@@ -240,6 +251,7 @@ def method_class(name: Any) -> type[Method]:
 
     Raises:
         ValueError: there is no such method; the message has the nearest valid name.
+
     """
     known = _methods()
     if not isinstance(name, str):
@@ -254,7 +266,9 @@ def method_class(name: Any) -> type[Method]:
             raise ValueError(f"{name!r} is not a frozen dataclass derived from fastbp.Method")
         return kind
     if name not in known:
-        raise ValueError(f"no method {name!r}{nearest(name, known)}; known: {', '.join(known)}, or package.module:Class")
+        raise ValueError(
+            f"no method {name!r}{nearest(name, known)}; known: {', '.join(known)}, or package.module:Class"
+        )
     return known[name]
 
 

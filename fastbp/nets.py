@@ -31,6 +31,7 @@ def resnet_tiny(input_shape: tuple[int, ...], classes: int, *, blocks: int = 4, 
         width: channels throughout.
 
     Reference: He, Zhang, Ren, Sun, Identity Mappings in Deep Residual Networks (2016), arXiv:1603.05027.
+
     """
     channels, _, _ = _image(input_shape, "resnet_tiny")
     _positive(classes=classes, blocks=blocks, width=width)
@@ -68,6 +69,7 @@ def mlp(input_shape: tuple[int, ...], classes: int, *, depth: int = 4, width: in
         classes: number of logits.
         depth: residual blocks, each LayerNorm-Linear-ReLU-Linear.
         width: features throughout.
+
     """
     _positive(classes=classes, depth=depth, width=width)
     features = 1
@@ -106,6 +108,7 @@ def vit_tiny(
     The head averages the tokens instead of reading a class token (the paper's appendix D.3 finds them equal).
 
     Reference: Dosovitskiy et al., An Image is Worth 16x16 Words (2021), arXiv:2010.11929.
+
     """
     channels, height, width = _image(input_shape, "vit_tiny")
     patch = patch if patch is not None else 2 if height < 16 else 4
@@ -138,6 +141,7 @@ def gpt_tiny(
     embedding are not tied.
 
     Reference: Radford et al., Language Models are Unsupervised Multitask Learners (2019).
+
     """
     _check(len(input_shape) == 1, f"gpt_tiny: input_shape must be (tokens,), got {input_shape}")
     _positive(tokens=input_shape[0], classes=classes, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
@@ -173,8 +177,7 @@ def make_model(
 
     Args:
         name: a key of `NETS`, `timm:NAME`, `torchvision:NAME`, or `package.module:function` for a function of
-        the
-            user's, called as `function(input_shape, classes, **args)`.
+            the user's, called as `function(input_shape, classes, **args)`.
         input_shape: one example's shape, `(channels, height, width)` or `(tokens,)`.
         classes: number of logits, or vocabulary size.
         args: further keyword arguments of the net.
@@ -184,12 +187,11 @@ def make_model(
         ValueError: unknown name or argument, or an impossible value; the message has the nearest valid name.
         ImportError: timm or torchvision is needed and not installed.
         TypeError: the user's function returned something else than a module.
+
     """
     make = _maker(name, tuple(input_shape), classes, dict(args or {}))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed would also reseed the caller's GPU generators
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the caller's GPUs too
         model = make()
     if not isinstance(model, nn.Module):
         raise TypeError(f"model {name!r} returned a {type(model).__name__}, not an nn.Module")
@@ -215,10 +217,8 @@ def _maker(name: str, input_shape: tuple[int, ...], classes: int, args: dict[str
             raise ValueError(f"{library} has no model {rest!r}{nearest(rest, known)}")
         if library == "timm":
             return partial(package.create_model, rest, num_classes=classes, in_chans=channels, **args)
-        _check(
-            channels == 3,
-            f"{name}: torchvision's models take 3 channels, the data has {channels}; use timm:{rest}",
-        )
+        wrong = f"torchvision's models take 3 channels, the data has {channels}; use timm:{rest}"
+        _check(channels == 3, f"{name}: {wrong}")
         return partial(package.get_model, rest, num_classes=classes, **args)
     try:
         function = getattr(importlib.import_module(library), rest)
@@ -232,10 +232,8 @@ def _check_args(name: str, net: Callable[..., Any], args: dict[str, Any]) -> Non
     parameters = inspect.signature(net).parameters.values()
     valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed]
     for key in args:
-        _check(
-            key in valid,
-            f"model {name} has no argument {key!r}{nearest(key, valid)}; known: {', '.join(valid)}",
-        )
+        hint = f"{nearest(key, valid)}; known: {', '.join(valid)}"
+        _check(key in valid, f"model {name} has no argument {key!r}{hint}")
 
 
 def _conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
@@ -244,9 +242,8 @@ def _conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
 
 def _conv_branch(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
     first = [nn.BatchNorm2d(channels_in), nn.ReLU(), _conv3x3(channels_in, channels_out, stride)]
-    return nn.Sequential(
-        *first, nn.BatchNorm2d(channels_out), nn.ReLU(), _conv3x3(channels_out, channels_out)
-    )
+    second = [nn.BatchNorm2d(channels_out), nn.ReLU(), _conv3x3(channels_out, channels_out)]
+    return nn.Sequential(*first, *second)
 
 
 def _conv_head(channels: int, classes: int) -> nn.Sequential:
@@ -274,19 +271,16 @@ def _transformer(dim: int, depth: int, heads: int, mlp_ratio: int, *, causal: bo
 
 
 def _image(input_shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
-    _check(
-        len(input_shape) == 3,
-        f"{name}: input_shape must be (channels, height, width), got {tuple(input_shape)}",
-    )
+    wrong = f"input_shape must be (channels, height, width), got {tuple(input_shape)}"
+    _check(len(input_shape) == 3, f"{name}: {wrong}")
     channels, height, width = input_shape
     return channels, height, width
 
 
 def _positive(**sizes: int) -> None:
     for name, size in sizes.items():
-        _check(
-            isinstance(size, int) and size >= 1, f"{name} = {size!r}: must be a whole number of at least 1"
-        )
+        ok = isinstance(size, int) and size >= 1
+        _check(ok, f"{name} = {size!r}: must be a whole number of at least 1")
 
 
 def _check(ok: bool, message: str) -> None:

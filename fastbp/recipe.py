@@ -32,14 +32,15 @@ class Recipe:
         momentum: of sgd; the first beta of adam and adamw.
         nesterov: for sgd with momentum.
         weight_decay: on all parameters.
-        schedule: `cosine` to 0, `step` (times 0.1 after 50 % and 75 %), `constant`; by the fraction of epochs done, so that a
-            larger batch does not change it.
+        schedule: `cosine` to 0, `step` (times 0.1 after 50 % and 75 %), `constant`; by the fraction of epochs
+            done, so that a larger batch does not change it.
         warmup_epochs: linear from 0 to `lr` first.
         label_smoothing: of the cross entropy, in training only.
         augment: `none`, `flip`, `crop`, `flip_crop`, drawn on the device.
         eval_every_epochs: validation cadence; the last epoch is always evaluated.
         eval_batch_size: examples per evaluation batch.
         precision: `float32`, `float64`, or `bfloat16` (float32 weights under autocast).
+
     """
 
     epochs: int = 10
@@ -84,6 +85,7 @@ class Recipe:
 
         Raises:
             ValueError: unknown field; the message has the nearest valid one.
+
         """
         names = [f.name for f in fields(cls)]
         for key in data:

@@ -46,6 +46,7 @@ class Task:
         data: see `fastbp.data.load_dataset`.
         model: see `fastbp.nets.make_model`.
         data_args, model_args: their keyword arguments.
+
     """
 
     data: str = "digits"
@@ -73,9 +74,10 @@ class RunConfig:
     """The whole configuration of a run; `key` identifies it wherever it is stored.
 
     Attributes:
-        task, recipe, method, seed: what is trained. The seed gives initial weights, data order, augmentation and dropout.
+        task, recipe, method, seed: what is trained. The seed gives initial weights, data order, augmentation, dropout.
         sweep, phase, arm, role: which sweep it belongs to, and as what; see `fastbp.record.RunRecord`.
         block: the randomised block it is timed in; not part of the key.
+
     """
 
     task: Task = field(default_factory=Task)
@@ -121,6 +123,7 @@ class Run:
 
     Raises:
         TypeError, ValueError: a setting is impossible, or the method cannot see into the model.
+
     """
 
     def __init__(
@@ -175,6 +178,7 @@ class Run:
 
         Raises:
             RuntimeError: the run is done.
+
         """
         if self.done:
             raise RuntimeError(f"run {self.config.key} is {self.status} after {self.epoch} epochs; make a new one")
@@ -219,7 +223,11 @@ class Run:
             torch.cuda.reset_peak_memory_stats(self.device)
         order = self.data.batches(batch_size, seed=self.config.seed, epoch=self.epoch, augment=recipe.augment)
         joules = self.energy()
-        with _forked_rng(self.device, self.config.seed, self.epoch), self._precision(), self.clock.segment("train"):
+        with (
+            _forked_rng(self.device, self.config.seed, self.epoch),
+            self._precision(),
+            self.clock.segment("train"),
+        ):
             for i, (x, y) in enumerate(order):
                 set_lr(optimizer, recipe.lr_at(self.epoch + i / batches) * lr_scale)
                 optimizer.zero_grad(set_to_none=True)
@@ -277,11 +285,14 @@ class Run:
         Args:
             status: what became of it; default `finished`, or `diverged` where it did.
             reason: one sentence for everything but `finished`.
+
         """
         if status is not None:
             self.status, self.reason = status, reason
         elif self.status == "running":
-            self.status, self.reason = ("finished", "") if self.done else ("stopped", f"ended after {self.epoch} epochs")
+            self.status, self.reason = (
+                ("finished", "") if self.done else ("stopped", f"ended after {self.epoch} epochs")
+            )
         return self._run_record(status=self.status, reason=self.reason, ended_at=_now())
 
     def _run_record(self, **state: Any) -> RunRecord:
@@ -328,11 +339,12 @@ class Run:
 
         Raises:
             ValueError: the state belongs to another configuration.
+
         """
         if state["run_key"] != self.config.key:
             raise ValueError(
-                f"checkpoint belongs to run {state['run_key']}, this is run {self.config.key}: task, recipe, method or seed "
-                "differ; start this run anew"
+                f"checkpoint belongs to run {state['run_key']}, this is run {self.config.key}: "
+                "task, recipe, method or seed differ; start this run anew"
             )
         for name in ("epoch", "examples", "steps", "status", "reason", "best_val_accuracy", "started_at"):
             setattr(self, name, state[name])
@@ -393,6 +405,7 @@ def check_bind(config: RunConfig) -> Method | None:
 
     Raises:
         TypeError, ValueError, ImportError, OSError: what a `Run` of this configuration would raise.
+
     """
     task = config.task
     data = load_dataset(task.data, device="cpu", dtype=config.recipe.dtype, **task.data_args)

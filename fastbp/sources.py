@@ -33,6 +33,7 @@ class Split:
     Attributes:
         x: images uint8 (N, C, H, W), or tokens int64 (N, T).
         y: labels int64 (N,), or the next tokens int64 (N, T).
+
     """
 
     x: Tensor
@@ -55,6 +56,7 @@ class Splits:
 
     Attributes:
         classes: number of classes, or the size of the vocabulary.
+
     """
 
     train: Split
@@ -82,6 +84,7 @@ def _cifar(name: str, classes: int) -> Splits:
     Raises:
         ImportError: torchvision is not installed.
         OSError: the data are neither on disk nor to be had from the network.
+
     """
     try:
         from torchvision import datasets
@@ -96,8 +99,7 @@ def _cifar(name: str, classes: int) -> Splits:
             "there, set FASTBP_DATA to the folder that has it, or use folder:PATH"
         ) from error
     train, test = (
-        Split(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets))
-        for p in parts
+        Split(torch.from_numpy(p.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(p.targets)) for p in parts
     )
     return carve(train, classes=classes, val=len(train) // 10, given_test=test)
 
@@ -112,12 +114,11 @@ def synthetic(
         shape: (C, H, W) of one image.
         classes: number of classes, equally frequent.
         seed: of prototypes and noise, not the run's seed.
+
     """
     shape = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
     if len(shape) != 3:
-        raise ValueError(
-            f"data 'synthetic': shape = {shape!r}: expected three whole numbers, channels, height, width"
-        )
+        raise ValueError(f"data 'synthetic': shape = {shape!r}: expected three whole numbers, channels, height, width")
     whole("synthetic", "classes", classes, 2)
     for name, value, low in (("n", n, 6 * classes), ("seed", seed, 0), *(("shape", s, 1) for s in shape)):
         whole("synthetic", name, value, low)
@@ -141,15 +142,14 @@ def text(path: str, *, length: int = 64) -> Splits:
 
     Raises:
         ValueError: no such file, not UTF-8, or too short for one window in every split.
+
     """
     whole("text", "length", length, 1)
     file = Path(path).expanduser()
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"data 'text:{path}': {file.absolute()} cannot be read as UTF-8 text: {error}"
-        ) from error
+        raise ValueError(f"data 'text:{path}': {file.absolute()} cannot be read as UTF-8 text: {error}") from error
     if len(content) // 20 <= length:
         raise ValueError(
             f"data 'text:{path}': {len(content)} characters are too few for windows of length = {length}; "
@@ -193,6 +193,7 @@ def carve(images: Split, *, classes: int, val: int, test: int = 0, given_test: S
 
     Raises:
         ValueError: a split would be empty, or training would have fewer than two images.
+
     """
     order = stratified_order(images.y)
     tests, vals, trains = order[:test], order[test : test + val], order[test + val :]

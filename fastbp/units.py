@@ -34,6 +34,7 @@ def droppable_units(model: nn.Module, unit: str) -> list[Unit]:
 
     Raises:
         ValueError: nothing would be left to drop.
+
     """
     head = head_parameters(model)
     groups: dict[str, list[nn.Parameter]] = {}
@@ -42,7 +43,7 @@ def droppable_units(model: nn.Module, unit: str) -> list[Unit]:
         if id(parameter) in seen:
             continue
         seen.add(id(parameter))
-        key = {"tensor": f"{layer}.{name}", "block": _block_of(model, layer)}.get(unit, layer)
+        key = {"tensor": f"{layer}.{name}".lstrip("."), "block": _block_of(model, layer)}.get(unit, layer)
         if id(parameter) in head:
             key = f"{key} (head)"
         groups.setdefault(key, []).append(parameter)

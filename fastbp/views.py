@@ -46,6 +46,7 @@ def as_chain(model: nn.Module) -> Chain:
         TypeError: another class (subclasses included, as their forward may differ), or a variant that a view
             does not reproduce; the message says what to pass instead.
         ValueError: an empty `nn.Sequential`.
+
     """
     if _is(model, Chain):
         return model  # type: ignore[return-value]
@@ -72,9 +73,7 @@ def _sequential(model: nn.Module) -> Chain:
 def _steps(module: nn.Module, outermost: bool = True) -> Iterator[nn.Module]:
     """The steps of a Sequential in order; what is nested is taken apart where it holds a `Residual`."""
     inside: Iterable[nn.Module] | None = None
-    if outermost or (
-        not isinstance(module, Residual) and any(isinstance(m, Residual) for m in module.modules())
-    ):
+    if outermost or (not isinstance(module, Residual) and any(isinstance(m, Residual) for m in module.modules())):
         if isinstance(module, Chain) and _is(module, Chain):
             inside = (module.stem, *module.blocks, module.head)
         elif isinstance(module, nn.Sequential) and _is(module, nn.Sequential):
@@ -143,9 +142,7 @@ def _stages(model: Any) -> Iterator[Any]:
         yield from stage
 
 
-def _post_activation(
-    model: Any, branch: list[nn.Module], shortcut: nn.Module | None, last: nn.Module
-) -> Residual:
+def _post_activation(model: Any, branch: list[nn.Module], shortcut: nn.Module | None, last: nn.Module) -> Residual:
     """One block `relu(shortcut(x) + branch(x))`, its last activation out of place."""
     if type(last) is not nn.ReLU:
         _refuse(model, f"its blocks end in {type(last).__name__}, only ReLU is supported")
@@ -170,9 +167,7 @@ def _torchvision_vit(model: Any) -> Chain:
     for block in model.encoder.layers:
         _kind(model, block, "torchvision.models.vision_transformer", "EncoderBlock")
         blocks += [Residual(_TorchvisionAttention(block)), Residual(nn.Sequential(block.ln_2, block.mlp))]
-    return Chain(
-        _TorchvisionTokens(model), blocks, nn.Sequential(model.encoder.ln, _FirstToken(), model.heads)
-    )
+    return Chain(_TorchvisionTokens(model), blocks, nn.Sequential(model.encoder.ln, _FirstToken(), model.heads))
 
 
 class _TorchvisionTokens(nn.Module):
@@ -266,9 +261,7 @@ def _name(module: Any) -> str:
 def _kind(model: Any, block: Any, module: str, *classes: str) -> str:
     """The block's class name, which must be one of those of the library."""
     if _name(block) not in [f"{module}.{name}" for name in classes]:
-        _refuse(
-            model, f"its blocks are {_name(block)}, only {' and '.join(classes)} of {module} are supported"
-        )
+        _refuse(model, f"its blocks are {_name(block)}, only {' and '.join(classes)} of {module} are supported")
     return type(block).__name__
 
 

@@ -124,7 +124,9 @@ def _method(data: Any, key: Key, source: Source) -> tuple[Method | None, dict[st
     return replace(outer, inner=inner), space | _prefixed("inner", inner_space)
 
 
-def _override(base: Recipe, space: dict[str, Domain], data: Any, key: Key, source: Source) -> tuple[Recipe | None, dict]:
+def _override(
+    base: Recipe, space: dict[str, Domain], data: Any, key: Key, source: Source
+) -> tuple[Recipe | None, dict]:
     """The sweep's recipe with an arm's own fields on top."""
     if not isinstance(data, dict):
         source.problem(key, f"{'.'.join(map(str, key))}: expected a mapping of recipe fields, got {data!r}")
@@ -133,8 +135,10 @@ def _override(base: Recipe, space: dict[str, Domain], data: Any, key: Key, sourc
     return recipe, {name: domain for name, domain in space.items() if name not in data} | own_space
 
 
-def _dataclass(kind: Any, data: dict[str, Any], key: Key, source: Source, base: Any = None) -> tuple[Any, dict[str, Domain]]:
-    """Build a method or recipe from literals and search expressions; problems stand at the line of their field."""
+def _dataclass(
+    kind: Any, data: dict[str, Any], key: Key, source: Source, base: Any = None
+) -> tuple[Any, dict[str, Domain]]:
+    """Build a method or recipe from literals and search expressions; problems stand at their field's line."""
     where, names = ".".join(map(str, key)), [f.name for f in fields(kind)]
     before, literal, space = len(source.problems), {}, {}
     for name, value in data.items():
@@ -180,21 +184,25 @@ def _is_expression(value: Any) -> bool:
 
 
 def _domain(value: Any, own: Domain | None) -> Domain:
-    """The domain of a search expression: `search`, {uniform: [a, b]}, {log_uniform: ...}, {int: ...}, {choice: [...]}."""
+    """The domain of `search`, {uniform: [a, b]}, {log_uniform: [a, b]}, {int: [a, b]} or {choice: [...]}."""
     if value == "search":
         if own is None:
             raise ValueError("`search` needs a field with a range of its own; give one, e.g. {uniform: [0.1, 0.9]}")
         return own
     if len(value) != 1 or next(iter(value)) not in _EXPRESSIONS:
         known = ", ".join(_EXPRESSIONS)
-        raise ValueError(f"{value!r} is no search expression{nearest(next(iter(value), ''), _EXPRESSIONS)}; one of {known}")
+        raise ValueError(
+            f"{value!r} is no search expression{nearest(next(iter(value), ''), _EXPRESSIONS)}; one of {known}"
+        )
     kind, values = next(iter(value.items()))
     if kind == "choice":
         if not isinstance(values, list) or not values:
             raise ValueError(f"choice: expected a list of values, got {values!r}")
         return Choice(tuple(_frozen(v) for v in values))
     numbers = int if kind == "int" else (int, float)
-    if not (isinstance(values, list) and len(values) == 2 and all(isinstance(v, numbers) and v is not True for v in values)):
+    if not (
+        isinstance(values, list) and len(values) == 2 and all(isinstance(v, numbers) and v is not True for v in values)
+    ):
         raise ValueError(f"{kind}: expected [low, high], got {values!r}")
     low, high = values
     if low >= high or (kind == "log_uniform" and low <= 0):

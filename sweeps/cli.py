@@ -19,7 +19,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-FileArgument = Annotated[str, typer.Argument(help="a sweep file, or the bare name of a packaged one such as quickstart")]
+FileArgument = Annotated[
+    str, typer.Argument(help="a sweep file, or the bare name of a packaged one such as quickstart")
+]
 OutOption = Annotated[Path | None, typer.Option(help="output folder; default fastbp-runs/NAME")]
 
 
@@ -55,7 +57,7 @@ def run(
     from sweeps.drive import RECORDS, run_sweep
 
     outcome = run_sweep(planned, find_sweep(file)[0], folder, Progress(console), mlflow=mlflow)
-    html = _report(folder, console) if report else None
+    html = _report(folder, console) if report and not outcome.interrupted else None
     error = outcome.mlflow_error
     if mlflow and html is not None and not error:
         from sweeps.mlflow_sync import MlflowMirror, try_sync
@@ -74,12 +76,17 @@ def run(
         say(f"failed:  {record.phase} {record.arm} {record.role} seed {record.seed}: {record.reason}")
     for sentence in outcome.missing:
         say(f"missing: {sentence}")
+    if outcome.interrupted:
+        say("interrupted; the same command continues")
+        raise typer.Exit(130)
     if not outcome.ok:
         raise typer.Exit(1)
 
 
 @app.command()
-def status(target: Annotated[str, typer.Argument(help="a sweep file or an output folder")], out: OutOption = None) -> None:
+def status(
+    target: Annotated[str, typer.Argument(help="a sweep file or an output folder")], out: OutOption = None
+) -> None:
     """Show how far a sweep is; exits with 1 when any run failed."""
     from fastbp.record import read_records
     from sweeps.drive import RECORDS
@@ -97,13 +104,19 @@ def status(target: Annotated[str, typer.Argument(help="a sweep file or an output
     console.print(status_table(load_plan(str(file), smoke=smoke), ledger))
     failed = [record for record in ledger.runs.values() if record.status == "failed"]
     for record in failed:
-        console.print(f"failed: {record.phase} {record.arm} seed {record.seed}: {record.reason}", markup=False, highlight=False)
+        console.print(
+            f"failed: {record.phase} {record.arm} seed {record.seed}: {record.reason}",
+            markup=False,
+            highlight=False,
+        )
     if failed:
         raise typer.Exit(1)
 
 
 @app.command()
-def sync(target: Annotated[str, typer.Argument(help="a sweep file or an output folder")], out: OutOption = None) -> None:
+def sync(
+    target: Annotated[str, typer.Argument(help="a sweep file or an output folder")], out: OutOption = None
+) -> None:
     """Make MLflow agree with the records of a sweep; can be repeated."""
     from sweeps.drive import RECORDS, locked
     from sweeps.mlflow_sync import MlflowMirror, default_uri, try_sync
@@ -120,7 +133,12 @@ def sync(target: Annotated[str, typer.Argument(help="a sweep file or an output f
         error = try_sync(mirror, final=free, report=html if html.exists() else None)
     if error:
         raise SweepError(f"MLflow at {uri}: {error}")
-    Console().print(f"MLflow agrees with {folder / RECORDS}; {_ui_hint(uri)}", highlight=False, markup=False, soft_wrap=True)
+    Console().print(
+        f"MLflow agrees with {folder / RECORDS}; {_ui_hint(uri)}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _locate(target: str, out: Path | None) -> tuple[Path, Path]:

@@ -11,6 +11,7 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records are ours; Tune writes no JSON, CSV or TensorBoard
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new reporter prints a banner even at verbose=0
     "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_GLOBAL_CHECKPOINT_S": "600",  # a sweep resumes from its records, not from Tune's state
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -27,8 +28,8 @@ def in_cluster() -> bool:
 def ray_session() -> Iterator[None]:
     """Ray, ready to use; a cluster started here ends with the block, any other stays.
 
-    A private cluster is reachable from this machine's loopback only and asks for no token, so that none is left in the
-    user's home; a cluster that is attached to keeps its own authentication.
+    A private cluster is reachable from this machine's loopback only and asks for no token, so that none is
+    left in the user's home; a cluster that is attached to keeps its own authentication.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""Run a planned sweep: search, choose, measure. Everything it needs to continue is in the output folder's records."""
+"""Run a planned sweep: search, choose, measure. All it needs to continue is in the records."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,8 @@ from sweeps.plan import Plan
 from sweeps.progress import Progress
 from sweeps.source import SweepError
 
+STATE_FILE = "run.pt"  # as MethodTrainable names it
+OnEnd = Callable[[RunRecord], None]
 RECORDS = "records.jsonl"
 SLOW_SYNC_SECONDS = 5.0  # a store slower than this is not asked again before the end of the measuring
 
@@ -32,12 +34,14 @@ class Outcome:
     Attributes:
         failed: newest record of every run that failed.
         missing: planned runs that never ended, one sentence each.
+        interrupted: whether the user stopped the sweep.
         mlflow_error: why MLflow lags behind the records; empty where it does not.
         uri: of the MLflow store; empty where none was wanted.
     """
 
     failed: list[RunRecord]
     missing: list[str]
+    interrupted: bool = False
     mlflow_error: str = ""
     uri: str = ""
 
@@ -83,6 +87,7 @@ def run_sweep(plan: Plan, file: Path, out: Path, progress: Progress, *, mlflow: 
         plan: the validated sweep.
         file: its file, copied into the output folder.
         out: the output folder.
+        progress: where ended runs are shown.
         mlflow: whether to mirror the records into MLflow.
 
     Raises:
@@ -103,8 +108,13 @@ class _Driver:
         self, plan: Plan, out: Path, ledger: Ledger, writer: RecordWriter, progress: Progress, mlflow: bool
     ) -> None:
         self.plan, self.out, self.ledger, self.writer, self.progress = plan, out, ledger, writer, progress
+        self._ray = contextlib.ExitStack()
+        self._has_ray = False
         self.mirror: Any = None
         self.uri = ""
+        self.storage = plan.sweep.storage_path or str(out / "tune")
+        if "://" not in self.storage:
+            self.storage = str(Path(self.storage).resolve())
         if mlflow:
             from sweeps.mlflow_sync import MlflowMirror, default_uri
 
@@ -112,19 +122,19 @@ class _Driver:
             self.mirror = MlflowMirror(out / RECORDS, self.uri, plan.sweep.mlflow.experiment)
 
     def run(self) -> Outcome:
-        from sweeps.cluster import ray_session
         from sweeps.mlflow_sync import BackgroundSync, try_sync
 
-        with ray_session():
-            if self.ledger.sweep is None:
-                self._announce(cells=0)
+        if self.ledger.sweep is None:
+            self._announce(cells=0)
+        interrupted = False
+        with self._ray:
             if self.plan.sweep.search is not None:
                 with BackgroundSync(self.mirror):
-                    self._search()
-            if self.plan.sweep.measure is not None:
-                self._measure()
+                    interrupted = not self._search()
+            if self.plan.sweep.measure is not None and not interrupted:
+                interrupted = not self._measure()
         error = try_sync(self.mirror, final=True)
-        return Outcome(self._failed(), self._missing(), error, self.uri)
+        return Outcome(self._failed(), self._missing(), interrupted, error, self.uri)
 
     def _announce(self, cells: int) -> None:
         """Write what is planned; again once the number of measured cells is known."""
@@ -144,7 +154,8 @@ class _Driver:
             self.writer.write(record)
             self.ledger.add(record)
 
-    def _search(self) -> None:
+    def _search(self) -> bool:
+        """Tune every arm that is not being measured yet; False where the user interrupted."""
         from sweeps.cluster import concurrent_trials
         from sweeps.searcher import ArmSearcher
         from sweeps.studies import ArmStudy
@@ -152,35 +163,47 @@ class _Driver:
         search, plan = self.plan.search_part, self.plan
         arms = [arm for arm in plan.arms if not plan.measured(arm, self.ledger)]
         if not arms:
-            return
+            return True
+        self._start_ray()
         studies = [ArmStudy(a, search.sampler, search.trials, search.seed, plan.search_run) for a in arms]
         trial = self._trial(exclusive=False, threads=max(1, int(search.cpus)), gpus=search.gpus)
         searcher = ArmSearcher(studies, self.ledger, trial, plan.sweep.max_failures)
         resources = {"CPU": search.cpus} | ({"GPU": search.gpus} if search.gpus else {})
         self.progress.phase("search", {arm.name: plan.trials(arm) for arm in plan.arms}, self.ledger)
-        fit = self._fit("search", searcher, resources, concurrent_trials(search.cpus, search.gpus), reuse=True)
-        fit(self.progress.ended)
+        concurrent = concurrent_trials(search.cpus, search.gpus)
+        return self._fit("search", searcher, resources, concurrent, True, self.progress.ended)
 
-    def _measure(self) -> None:
+    def _measure(self) -> bool:
+        """Run every measured cell, one at a time; False where the user interrupted."""
         from sweeps.cluster import node_cpus
         from sweeps.searcher import ListSearcher
 
         measure, plan = self.plan.measure_part, self.plan
         anchor = next(arm for arm in plan.arms if arm.name == plan.anchor)
         if plan.chosen(anchor, self.ledger) is None:
-            return  # nothing to compare with; the outcome says so
+            return True  # nothing to compare with; the outcome says so
         runs = plan.measure_runs(self.ledger)
         self._announce(cells=len(runs))
+        counts = {arm.name: sum(run.arm == arm.name for run in runs) for arm in plan.arms}
+        self.progress.phase("measure", counts, self.ledger)
+        if all(self.ledger.done(run.key) for run in runs):
+            return True
+        self._start_ray()
         cpus = node_cpus(measure.gpus)
         trial = self._trial(exclusive=True, threads=measure.threads or cpus, gpus=measure.gpus)
         searcher = ListSearcher(runs, self.ledger, trial, plan.sweep.max_failures)
-        resources = {"CPU": cpus} | ({"GPU": measure.gpus} if measure.gpus else {})
-        counts = {arm.name: sum(run.arm == arm.name for run in runs) for arm in plan.arms}
-        self.progress.phase("measure", counts, self.ledger)
-        fit = self._fit("measure", searcher, resources, 1, reuse=measure.gpus == 0)
-        fit(self._between_trials())
+        resources = {"CPU": float(cpus)} | ({"GPU": float(measure.gpus)} if measure.gpus else {})
+        return self._fit("measure", searcher, resources, 1, measure.gpus == 0, self._between_trials())
 
-    def _between_trials(self) -> Any:
+    def _start_ray(self) -> None:
+        """Start or join the cluster, once, and only where something is left to run."""
+        from sweeps.cluster import ray_session
+
+        if not self._has_ray:
+            self._ray.enter_context(ray_session())
+            self._has_ray = True
+
+    def _between_trials(self) -> OnEnd:
         """Sync while no trial trains, and only as long as the store is quick."""
         from sweeps.mlflow_sync import try_sync
 
@@ -204,35 +227,53 @@ class _Driver:
             "device": "cuda" if gpus else "cpu",
             "cwd": os.getcwd(),
         }
-        return lambda run, attempt: {"run": run.to_dict(), "attempt": attempt, **common}
 
-    def _fit(self, phase: str, searcher: Any, resources: dict[str, float], concurrent: int, reuse: bool) -> Any:
+        def trial(run: RunConfig, attempt: int) -> dict[str, Any]:
+            # A measured run starts anew after a failure: resumed seconds are worth nothing.
+            saved = None if exclusive or attempt == 0 else newest_checkpoint(self.storage, run.key)
+            return {"run": run.to_dict(), "attempt": attempt, "checkpoint": saved, **common}
+
+        return trial
+
+    def _fit(
+        self,
+        phase: str,
+        searcher: Any,
+        resources: dict[str, float],
+        concurrent: int,
+        reuse: bool,
+        on_end: OnEnd,
+    ) -> bool:
+        """One Tune experiment; False where it ended before the searcher had nothing left."""
         from ray import tune
 
         from sweeps.recorder import Recorder
         from trainables.method_trainable import MethodTrainable
 
-        def fit(on_end: Any) -> None:
-            tuner = tune.Tuner(
-                tune.with_resources(MethodTrainable, resources),
-                tune_config=tune.TuneConfig(
-                    search_alg=searcher,
-                    num_samples=-1,
-                    max_concurrent_trials=concurrent,
-                    reuse_actors=reuse,
-                    trial_name_creator=_trial_name,
-                    trial_dirname_creator=_trial_name,
+        search = self.plan.sweep.search
+        every = search.checkpoint_epochs if search is not None and phase == "search" else 0
+        tuner = tune.Tuner(
+            tune.with_resources(MethodTrainable, resources),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher,
+                num_samples=-1,
+                max_concurrent_trials=concurrent,
+                reuse_actors=reuse,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=tune.RunConfig(
+                name=f"{self.plan.sweep.name}-{phase}",
+                storage_path=self.storage,
+                checkpoint_config=tune.CheckpointConfig(
+                    num_to_keep=1, checkpoint_frequency=every, checkpoint_at_end=False
                 ),
-                run_config=tune.RunConfig(
-                    name=f"{self.plan.sweep.name}-{phase}",
-                    storage_path=self.plan.sweep.storage_path or str(self.out / "tune"),
-                    callbacks=[Recorder(self.writer, self.ledger, on_end)],
-                    verbose=0,
-                ),
-            )
-            tuner.fit()
-
-        return fit
+                callbacks=[Recorder(self.writer, self.ledger, on_end)],
+                verbose=0,
+            ),
+        )
+        tuner.fit()
+        return searcher.exhausted
 
     def _failed(self) -> list[RunRecord]:
         return [record for record in self.ledger.runs.values() if record.status == "failed"]
@@ -244,13 +285,19 @@ class _Driver:
             return out
         for arm in plan.arms:
             if plan.chosen(arm, self.ledger) is None:
-                out.append(f"measure {arm.name}: no search trial of this arm finished, so it has no setting to measure")
+                out.append(f"measure {arm.name}: no search trial finished, so there is no setting to measure")
         ends = [run for run in plan.measure_runs(self.ledger) if self.ledger.done(run.key) is None]
         return out + [
             f"measure {run.arm} {run.role} seed {run.seed}: not run"
             for run in ends
             if run.key not in self.ledger.runs or self.ledger.runs[run.key].status == "running"
         ]
+
+
+def newest_checkpoint(storage: str, key: str) -> str | None:
+    """The newest saved state of a run in Tune's local or shared folder, if it has one."""
+    found = Path(storage).glob(f"*/{key}-*/checkpoint_*/{STATE_FILE}") if "://" not in storage else ()
+    return max((str(path) for path in found), default=None, key=lambda path: Path(path).stat().st_mtime_ns)
 
 
 def _trial_name(trial: Any) -> str:
@@ -260,5 +307,3 @@ def _trial_name(trial: Any) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-

@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from fastbp.record import Record, RunRecord, SweepRecord
 from fastbp.run import RunConfig
 
-DONE = ("finished", "diverged", "stopped")  # ends that are results; failed and interrupted runs are tried again
+DONE = (
+    "finished",
+    "diverged",
+    "stopped",
+)  # ends that are results; failed and interrupted runs are tried again
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Ledger:
         return [r for r in self.runs.values() if r.phase == phase and arm in (None, r.arm)]
 
     def best_trial(self, arm: str) -> RunRecord | None:
-        """The arm's chosen search trial: highest final validation accuracy, then fewer examples, then earlier."""
+        """The arm's chosen search trial: best final validation accuracy, then fewer examples, then first."""
         trials = [r for r in self.of_phase("search", arm) if r.status == "finished" and r.val_accuracy is not None]
         return min(trials, key=lambda r: (-(r.val_accuracy or 0.0), r.examples), default=None)
 

@@ -1,7 +1,7 @@
 """MLflow made to agree with the local records: sweep -> cell -> run.
 
-The only writer to MLflow. It reads records and can be repeated at any time: what is already there is not written
-again, so a slow, absent or restarted server costs nothing but a later `fastbp-sweep sync`.
+The only writer to MLflow. It reads records and can be repeated at any time: what is already there is not
+written again, so a slow, absent or restarted server costs nothing but a later `fastbp-sweep sync`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,54 +23,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from fastbp.record import EpochRecord, Record, RunRecord, SweepRecord, read_records, to_line
+from fastbp.record import SweepRecord, read_records, to_line
 from sweeps import mlflow_view as view
+from sweeps.mlflow_tree import History, Tree
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # "Creating initial MLflow database tables..."
 ENDS = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "stopped": "KILLED"}
-
-
-@dataclass
-class History:
-    """One run as the records tell it: its newest attempt."""
-
-    run: RunRecord
-    epochs: list[EpochRecord] = field(default_factory=list)
-    number: int = 0  # among the search trials of its arm, from 0
-
-
-@dataclass
-class Tree:
-    """The records of one sweep, by run_key in order of first appearance."""
-
-    sweep: SweepRecord
-    runs: dict[str, History] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, records: Iterable[Record]) -> Tree:
-        tree = cls(SweepRecord())
-        for record in records:
-            if isinstance(record, SweepRecord):
-                tree.sweep = record
-            elif isinstance(record, RunRecord):
-                known = tree.runs.get(record.run_key)
-                if known is None:
-                    number = sum(h.run.phase == record.phase and h.run.arm == record.arm for h in tree.runs.values())
-                    tree.runs[record.run_key] = History(record, number=number)
-                elif known.run.attempt != record.attempt:
-                    tree.runs[record.run_key] = History(record, number=known.number)
-                else:
-                    known.run = record
-            elif (known := tree.runs.get(record.run_key)) and known.run.attempt == record.attempt:
-                known.epochs = [e for e in known.epochs if e.epoch < record.epoch] + [record]
-        return tree
-
-    def cells(self) -> dict[str, list[History]]:
-        """Cell name to its runs: `search ldb`, `ldb`, `ldb control`."""
-        cells: dict[str, list[History]] = {}
-        for history in self.runs.values():
-            cells.setdefault(view.cell_name(history.run), []).append(history)
-        return cells
 
 
 @dataclass
@@ -130,12 +88,17 @@ class MlflowMirror:
         name = self.experiment or sweep.sweep
         found = self._client.get_experiment_by_name(name)
         if found is not None and found.lifecycle_stage != "active":
-            raise MlflowException(f"experiment {name!r} is in MLflow's trash; restore it, or name another in the sweep file")
+            raise MlflowException(
+                f"experiment {name!r} is in MLflow's trash; restore it, or name another in the sweep file"
+            )
         experiment_id = found.experiment_id if found else self._client.create_experiment(name, artifact_root(self.uri))
         token = None
         while True:
             page = self._client.search_runs(
-                [experiment_id], f"tags.`fastbp.sweep_hash` = '{sweep.file_hash}'", max_results=1000, page_token=token
+                [experiment_id],
+                f"tags.`fastbp.sweep_hash` = '{sweep.file_hash}'",
+                max_results=1000,
+                page_token=token,
             )
             for run in page:
                 tags = run.data.tags
@@ -195,9 +158,12 @@ class MlflowMirror:
         metrics = view.epoch_metrics(run, history.epochs[known.epochs :])
         if run.status != "running":
             metrics += view.final_metrics(run)
-            lines = [to_line(record) for record in (*history.epochs, run)]
-            self._client.log_text(known.run_id, "".join(lines), "records.jsonl")
-        extra = [RunTag(k, v) for k, v in view.end_tags(run).items()] + [RunTag("fastbp.epochs", str(len(history.epochs)))]
+        if status != "RUNNING":
+            lines = "".join(to_line(record) for record in history.lines)
+            self._client.log_text(known.run_id, lines, "records.jsonl")
+        extra = [RunTag(k, v) for k, v in view.end_tags(run).items()] + [
+            RunTag("fastbp.epochs", str(len(history.epochs)))
+        ]
         self._write(known, digest, metrics, view.run_params(run), extra)
         known.epochs = len(history.epochs)
         self._close(known, status, view.end_millis(run))
@@ -206,15 +172,24 @@ class MlflowMirror:
     def _ensure(self, key: str, name: str, sweep: SweepRecord, tags: dict[str, str], start: int) -> _Known:
         """The MLflow run with this key, created where it is missing."""
         if key not in self._known:
-            tags = tags | {"fastbp.key": key, "fastbp.sweep": sweep.sweep, "fastbp.sweep_hash": sweep.file_hash}
+            tags = tags | {
+                "fastbp.key": key,
+                "fastbp.sweep": sweep.sweep,
+                "fastbp.sweep_hash": sweep.file_hash,
+            }
             run = self._client.create_run(self._experiment_id, start_time=start or None, tags=tags, run_name=name)
             self._known[key] = _Known(run.info.run_id, attempt=int(tags.get("fastbp.attempt", 0)))
         return self._known[key]
 
     def _write(
-        self, known: _Known, digest: str, metrics: list[Metric], params: dict[str, str], tags: Iterable[RunTag] = ()
+        self,
+        known: _Known,
+        digest: str,
+        metrics: list[Metric],
+        params: dict[str, str],
+        tags: Iterable[RunTag] = (),
     ) -> None:
-        """Log in as few calls as the store allows; the state tag goes last, so that a torn write is repeated."""
+        """Log in as few calls as the store allows; the state tag goes last: a torn write is repeated."""
         log = self._client.log_batch
         some = [Param(key, value) for key, value in params.items()] if not known.state else []
         for i in range(0, max(len(some), 1), 100):
@@ -240,7 +215,7 @@ def artifact_root(uri: str) -> str | None:
 
 
 def default_uri(configured: str | None) -> str:
-    """The tracking store: the sweep file's, else MLFLOW_TRACKING_URI, else mlruns.db in the current folder."""
+    """The tracking store: the sweep file's, else MLFLOW_TRACKING_URI, else mlruns.db in this folder."""
     return configured or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlruns.db'}"
 
 

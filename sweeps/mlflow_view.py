@@ -1,4 +1,4 @@
-"""How records read in MLflow: names, tags, params and at most 25 metrics per run. Pure functions of records."""
+"""How records read in MLflow: names, tags, params, at most 25 metrics per run; pure functions of records."""
 
 from __future__ import annotations
 
@@ -51,7 +51,13 @@ def sweep_tags(sweep: SweepRecord) -> dict[str, str]:
 
 
 def cell_tags(run: RunRecord) -> dict[str, str]:
-    return {"fastbp.level": "cell", "arm": run.arm, "role": run.role, "phase": run.phase, "method": method_name(run.method)}
+    return {
+        "fastbp.level": "cell",
+        "arm": run.arm,
+        "role": run.role,
+        "phase": run.phase,
+        "method": method_name(run.method),
+    }
 
 
 def run_tags(run: RunRecord) -> dict[str, str]:
@@ -107,7 +113,9 @@ def cell_metrics(ended: list[RunRecord]) -> list[Metric]:
         "runs/failed": float(len(ended) - len(finished)),
     }
     if ended and ended[0].phase == "search":
-        values["best/val_accuracy"] = max((r.val_accuracy for r in finished if r.val_accuracy is not None), default=None)
+        values["best/val_accuracy"] = max(
+            (r.val_accuracy for r in finished if r.val_accuracy is not None), default=None
+        )
     else:
         timed = [run for run in finished if run.exclusive and not run.resumed]
         for name, sample in {
@@ -121,7 +129,7 @@ def cell_metrics(ended: list[RunRecord]) -> list[Metric]:
 
 
 def epoch_metrics(run: RunRecord, epochs: list[EpochRecord]) -> list[Metric]:
-    """Curves, step = epoch; the time of a point follows from the record, so that writing it twice is one point."""
+    """Curves, step = epoch; a point's time follows from the record, so that writing it twice is one point."""
     out: list[Metric] = []
     for record in epochs:
         values = {
@@ -137,7 +145,7 @@ def epoch_metrics(run: RunRecord, epochs: list[EpochRecord]) -> list[Metric]:
 
 
 def final_metrics(run: RunRecord) -> list[Metric]:
-    """The run's end: accuracies, segments of time, costs, and its numeric hyper-parameters as far as there is room."""
+    """The run's end: accuracies, segments of time, costs, and as many numeric hyper-parameters as fit."""
     values: dict[str, float | None] = {
         "final/val_accuracy": run.val_accuracy,
         "final/test_accuracy": run.test_accuracy,
@@ -193,7 +201,7 @@ def _elapsed(record: Seconds) -> float:
 
 
 def _numbers(run: RunRecord) -> dict[str, float]:
-    """Numeric hyper-parameters as metrics, because MLflow compares no params by size: lr, then the method's."""
+    """Numeric hyper-parameters as metrics, as MLflow compares no params by size: lr, then the method's."""
     flat = {"hp/lr": run.recipe.get("lr")}
     method: dict[str, Any] | None = run.method
     prefix = "hp/"

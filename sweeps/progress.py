@@ -67,7 +67,16 @@ def plan_table(plan: Plan) -> Table:
 
 def status_table(plan: Plan, ledger: Ledger) -> Table:
     """Per arm and phase: ended, failed and best or mean accuracy."""
-    table = Table("phase", "arm", "finished", "diverged", "failed", "unfinished", "best val", title=f"sweep {plan.sweep.name}")
+    table = Table(
+        "phase",
+        "arm",
+        "finished",
+        "diverged",
+        "failed",
+        "unfinished",
+        "best val",
+        title=f"sweep {plan.sweep.name}",
+    )
     for phase in ("search", "measure"):
         for arm in plan.arms:
             runs = ledger.of_phase(phase, arm.name)
@@ -80,4 +89,11 @@ def status_table(plan: Plan, ledger: Ledger) -> Table:
 
 
 def _domain_text(domain: object) -> str:
-    return str(domain).removeprefix("Log").replace("Uniform", "").replace("values=", "").replace("low=", "").replace("high=", "")
+    return (
+        str(domain)
+        .removeprefix("Log")
+        .replace("Uniform", "")
+        .replace("values=", "")
+        .replace("low=", "")
+        .replace("high=", "")
+    )

@@ -1,4 +1,4 @@
-"""Which run comes next: a fixed list for measuring, one study per arm for searching. Ray Tune asks, these answer."""
+"""Which run Ray Tune starts next: a fixed list for measuring, one study per arm for searching."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class ListSearcher(Searcher):
         runs: what to run.
         ledger: what has been done before.
         make_trial: the Tune config of a run and its attempt.
-        retries: how often a run may fail before it is given up.
+        retries: how often a failed run is tried again.
+
+    Attributes:
+        exhausted: whether every run was handed out and ended; not so after an interruption.
     """
 
     def __init__(self, runs: list[RunConfig], ledger: Ledger, make_trial: MakeTrial, retries: int) -> None:
@@ -33,11 +36,13 @@ class ListSearcher(Searcher):
         self._live: dict[str, RunConfig] = {}
         self._attempts = dict(ledger.attempts)
         self._failures: dict[str, int] = {}
+        self.exhausted = False
 
     def suggest(self, trial_id: str) -> Trial | str | None:
         run = self._next()
         if run is None:
-            return None if self._live else Searcher.FINISHED
+            self.exhausted = not self._live
+            return Searcher.FINISHED if self.exhausted else None
         self._live[trial_id] = run
         attempt = self._attempts.get(run.key, 0)
         self._attempts[run.key] = attempt + 1
@@ -100,7 +105,7 @@ class ArmSearcher(ListSearcher):
         return None
 
     def _proposal(self, study: ArmStudy) -> RunConfig | None:
-        """The arm's next setting that must be trained; known results are told at once and use budget all the same."""
+        """The arm's next setting that must be trained; known results are told at once and use budget too."""
         while True:
             live = {run.key for run in self._live.values()} | {run.key for run in self._queue}
             run = study.ask()

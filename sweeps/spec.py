@@ -1,7 +1,7 @@
 """A sweep file as a validated value.
 
-Checked in stages, cheapest first, and without Ray: YAML and duplicate keys; keys and types; task, recipe, methods and
-search ranges; then every arm is bound to the model on CPU. All problems of a stage are reported together.
+Checked in stages, cheapest first, and without Ray: YAML and duplicate keys; keys and types; task, recipe,
+methods and search ranges; then every arm is bound to the model on CPU. A stage reports all its problems.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ class SearchPart(_Part):
     cpus: float = Field(default=1, gt=0)  # per trial
     gpus: float = Field(default=0, ge=0)  # per trial; 0.25 packs four trials on a device
     seed: int = Field(default=0, ge=0)  # of every trial and of the samplers
+    checkpoint_epochs: int = Field(default=0, ge=0)  # state is saved every so many epochs; 0: never
 
 
 class MeasurePart(_Part):
-    """The chosen settings over several seeds, one run at a time, in randomised blocks with the backprop anchor."""
+    """The chosen settings over several seeds, one at a time, in random blocks with the backprop anchor."""
 
     seeds: list[int] = Field(min_length=1)
     controls: bool = True  # also run every arm at its exact setting
@@ -64,7 +65,7 @@ class TaskPart(_Part):
 
 
 class Sweep(_Part):
-    """A sweep file. `recipe` and `arms` may hold search expressions; `sweeps.arms.build_arms` resolves them."""
+    """A sweep file. `recipe` and `arms` may hold search expressions, which `sweeps.arms` resolves."""
 
     name: Slug
     task: TaskPart
@@ -83,7 +84,7 @@ class Sweep(_Part):
         return self
 
     def config(self) -> dict[str, Any]:
-        """What is trained, as JSON-able dictionaries, without where it is stored or how often it is retried."""
+        """What is trained, as JSON-able dictionaries; not where it is stored or how often it is retried."""
         return self.model_dump(mode="json", exclude={"mlflow", "max_failures", "storage_path"})
 
     @property
@@ -149,5 +150,7 @@ def _keys_at(loc: list[Any]) -> list[str]:
 
 
 def _check_anchor(sweep: Sweep, source: Source) -> None:
-    if sweep.measure and not any(set(arm) <= {"method", "recipe"} and arm.get("method") == "bp" for arm in sweep.arms.values()):
+    if sweep.measure and not any(
+        set(arm) <= {"method", "recipe"} and arm.get("method") == "bp" for arm in sweep.arms.values()
+    ):
         source.problem(("arms",), "no arm is plain backprop; measuring needs the anchor: add `bp: {method: bp}`")

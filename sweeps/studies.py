@@ -1,14 +1,17 @@
 """One Optuna study per arm, with the same number of trials for every arm.
 
-Only a trial that ran its full budget to a finite accuracy is told COMPLETE. A stopped trial is PRUNED; a failed or
-diverged one is FAIL, because a sampler that is told NaN or inf keeps it as pending or as best for ever.
+Only a trial that ran its full budget to a finite accuracy is told COMPLETE. A stopped trial is PRUNED; a
+failed or diverged one is FAIL, because a sampler that is told NaN or inf keeps it pending or best for ever.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
+import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,24 +35,25 @@ class ArmStudy:
         budget: trials of this arm; 1 where nothing is searched.
     """
 
-    def __init__(self, arm: Arm, sampler: str, trials: int, seed: int, config: Callable[[Arm, Values], RunConfig]) -> None:
+    def __init__(
+        self, arm: Arm, sampler: str, trials: int, seed: int, config: Callable[[Arm, Values], RunConfig]
+    ) -> None:
         self.arm = arm
         self.budget = trials if arm.space else 1
         self._config = config
         self._space = {path: _distribution(domain) for path, domain in arm.space.items()}
-        self._grid = _grid(arm.space, trials) if sampler == "grid" and arm.space else None
-        if self._grid is not None:
-            self.budget = min(trials, math.prod(len(points) for points in self._grid.values()))
+        self._grid = _grid(arm.space, trials, seed) if sampler == "grid" and arm.space else []
+        self.budget = len(self._grid) or self.budget
         self._sampler, self._trials, self._seed = sampler, trials, seed
         self._study = self._new_study(known=0)
         self._waiting: dict[str, list[int]] = {}  # run_key to trial numbers that wait for its result
 
     @property
     def asked(self) -> int:
-        return len(self._study.get_trials(deepcopy=False))
+        return len(self.states())
 
     def restore(self, records: list[RunRecord]) -> None:
-        """Tell results of an earlier start. The other samplers need none of it: they propose the same sequence again."""
+        """Tell results of an earlier start; only tpe needs it: the others propose the same sequence again."""
         if self._sampler != "tpe" or not self._space:
             return
         self._study = self._new_study(known=len(records))
@@ -68,6 +72,8 @@ class ArmStudy:
         """The next proposed run, or None when the budget is used."""
         if self.asked >= self.budget:
             return None
+        if self._grid:
+            self._study.enqueue_trial(self._grid[self.asked])
         trial = self._study.ask(self._space)
         config = self._config(self.arm, {path: _decode(self.arm.space[path], v) for path, v in trial.params.items()})
         self._waiting.setdefault(config.key, []).append(trial.number)
@@ -86,7 +92,7 @@ class ArmStudy:
         return [trial.state for trial in self._study.get_trials(deepcopy=False)]
 
     def _new_study(self, known: int) -> optuna.Study:
-        sampler = _sampler(self._sampler, self._trials, _seed(self._seed, self.arm.name, known), self._grid)
+        sampler = _sampler(self._sampler, self._trials, _seed(self._seed, self.arm.name, known))
         return optuna.create_study(
             storage=None,
             sampler=sampler,
@@ -104,8 +110,8 @@ def outcome(status: str, val_accuracy: float | None) -> tuple[TrialState, float 
     return (TrialState.PRUNED if status == "stopped" else TrialState.FAIL), None
 
 
-def _sampler(name: str, trials: int, seed: int, grid: dict[str, list[Any]] | None) -> optuna.samplers.BaseSampler:
-    """The sampler with every argument given that is not deprecated: a new default of Optuna's changes no search."""
+def _sampler(name: str, trials: int, seed: int) -> optuna.samplers.BaseSampler:
+    """The sampler with every argument given that is not deprecated: new defaults change no search."""
     if name == "tpe":
         return optuna.samplers.TPESampler(
             n_startup_trials=max(2, min(10, trials // 3)),
@@ -116,25 +122,31 @@ def _sampler(name: str, trials: int, seed: int, grid: dict[str, list[Any]] | Non
             constant_liar=True,
         )
     if name == "qmc":
-        return optuna.samplers.QMCSampler(
-            qmc_type="sobol",
-            scramble=True,
-            seed=seed,
-            independent_sampler=optuna.samplers.RandomSampler(seed=seed),
-            warn_asynchronous_seeding=False,
-            warn_independent_sampling=False,
-        )
-    if name == "grid" and grid is not None:
-        return optuna.samplers.GridSampler(grid, seed=seed)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.samplers.QMCSampler(
+                qmc_type="sobol",
+                scramble=True,
+                seed=seed,
+                independent_sampler=optuna.samplers.RandomSampler(seed=seed),
+                warn_asynchronous_seeding=False,
+                warn_independent_sampling=False,
+            )
     return optuna.samplers.RandomSampler(seed=seed)
 
 
-def _grid(space: dict[str, Domain], trials: int) -> dict[str, list[Any]]:
-    """Evenly spaced points of every range, as many as the budget allows, and all values of every choice."""
+def _grid(space: dict[str, Domain], trials: int, seed: int) -> list[dict[str, Any]]:
+    """Evenly spaced points of every range, as many as the budget allows, times all values of every choice.
+
+    At most `trials` settings, in random order, so that a grid that is cut short by the budget has no blank corner.
+    """
     ranges = [path for path, domain in space.items() if not isinstance(domain, Choice)]
     choices = math.prod(len(d.values) for d in space.values() if isinstance(d, Choice))
     points = max(2, int((trials / choices) ** (1 / len(ranges)) + 1e-9)) if ranges else 0
-    return {path: _points(domain, points) for path, domain in space.items()}
+    axes = [_points(domain, points) for domain in space.values()]
+    settings = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
+    random.Random(seed).shuffle(settings)
+    return settings[:trials]
 
 
 def _points(domain: Domain, n: int) -> list[Any]:

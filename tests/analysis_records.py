@@ -1,9 +1,15 @@
-"""Hand-made records as plain dictionaries and JSON lines, with known truth; knows nothing of fastbp."""
+"""Hand-made records as plain dictionaries and JSON lines, with known truth, and reports of them; knows nothing of fastbp."""
 
+import csv
 import hashlib
+import io
 import json
 import random
 from pathlib import Path
+
+from analysis.load import load
+from analysis.measured import measured_groups
+from analysis.report import build, figure_files, text_files
 
 CPU = {"type": "cpu", "name": "Test CPU", "count": 1, "threads": 1}
 SOFTWARE = {"python": "3.11", "torch": "2.14.1", "cuda": None}
@@ -115,3 +121,26 @@ def write(path: Path, lines) -> Path:
         encoding="utf-8",
     )
     return path
+
+
+def groups_of(tmp_path, lines, **options):
+    results = load([write(tmp_path / "records.jsonl", lines)])
+    return results, measured_groups(results, **options)
+
+
+def report_of(tmp_path, lines, *, figures=False):
+    """Paths to contents of the files of the report."""
+    report = build([write(tmp_path / "in" / "records.jsonl", lines)])
+    return dict([*text_files(report), *(figure_files(report) if figures else ())])
+
+
+def rows_of(contents, name):
+    return list(csv.DictReader(io.StringIO(contents[f"tables/{name}.csv"].decode())))
+
+
+def with_run(lines, choose, **changes):
+    """The lines with the end of some runs changed."""
+    return [
+        line | changes if line["kind"] == "run" and line["status"] != "running" and choose(line) else line
+        for line in lines
+    ]

@@ -1,4 +1,4 @@
-"""Views must be the model: same numbers, same gradients, same buffers, and nothing left behind on the model."""
+"""Views must be the model: the same numbers, gradients and buffers, and nothing left behind on the model."""
 
 import copy
 
@@ -20,9 +20,7 @@ def torchvision_vit(**args):
     models = pytest.importorskip("torchvision").models
     sizes = dict(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32)
     model = models.VisionTransformer(**sizes, num_classes=5, **args)
-    nn.init.normal_(
-        model.heads[-1].weight
-    )  # torchvision's zero start would hide the gradients below the head
+    nn.init.normal_(model.heads[-1].weight)  # torchvision's zero start would hide the gradients below the head
     return model
 
 
@@ -37,9 +35,7 @@ VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
 MODELS = {
     "timm resnet18": lambda: timm_model("resnet18"),
     "timm resnet26": lambda: timm_model("resnet26"),
-    "timm resnet18 drop": lambda: timm_model(
-        "resnet18", drop_path_rate=0.5, drop_rate=0.3, drop_block_rate=0.2
-    ),
+    "timm resnet18 drop": lambda: timm_model("resnet18", drop_path_rate=0.5, drop_rate=0.3, drop_block_rate=0.2),
     "timm resnet10t": lambda: timm_model("resnet10t", zero_init_last=False),
     "timm seresnet18": lambda: timm_model("seresnet18", zero_init_last=False, drop_path_rate=0.5),
     "timm resnet26 aa, avg_down": lambda: timm_model("resnetaa50", layers=(1, 1, 1, 1), avg_down=True),
@@ -66,19 +62,13 @@ MODELS = {
         pre_norm=True,
         qk_norm=True,
     ),
-    "timm vit avg, no class": lambda: timm_model(
-        "vit_tiny_patch16_224", **VIT, global_pool="avg", class_token=False
-    ),
-    "timm vit map": lambda: timm_model("vit_tiny_patch16_224", **VIT, global_pool="map", class_token=False),
+    "timm vit avg, no class": lambda: timm_model("vit_tiny_patch16_224", **VIT, global_pool="avg", class_token=False),
+    "timm vit map": lambda: timm_model("vit_tiny_patch16_224", **VIT, global_pool="map"),
     "timm deit_tiny": lambda: timm_model("deit_tiny_patch16_224", **VIT),
     "torchvision resnet18": lambda: torchvision_resnet(lambda r: r.resnet18(num_classes=5)),
-    "torchvision bottleneck": lambda: torchvision_resnet(
-        lambda r: r.ResNet(r.Bottleneck, [1, 2, 1, 1], num_classes=5)
-    ),
+    "torchvision bottleneck": lambda: torchvision_resnet(lambda r: r.ResNet(r.Bottleneck, [1, 2, 1, 1], num_classes=5)),
     "torchvision vit": torchvision_vit,
-    "torchvision vit drop": lambda: torchvision_vit(
-        dropout=0.3, attention_dropout=0.2, representation_size=8
-    ),
+    "torchvision vit drop": lambda: torchvision_vit(dropout=0.3, attention_dropout=0.2, representation_size=8),
 }
 
 
@@ -128,9 +118,7 @@ def assert_same_model(view_of, model):
                     q -= 0.1 * q.grad
         for (name, b), c in zip(model.named_buffers(), twin.buffers(), strict=True):
             assert torch.equal(b, c), f"step {i}: buffer {name} differs"
-    assert any(p.grad is not None and p.grad.any() for p in list(model.parameters())[:2]), (
-        "nothing reached the stem"
-    )
+    assert any(p.grad is not None and p.grad.any() for p in list(model.parameters())[:2]), "nothing reached the stem"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -145,9 +133,7 @@ def test_view_equals_model_bit_for_bit(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_view_is_made_of_the_models_parts_and_leaves_it_alone(name):
     model = build(name)
-    frozen = next(
-        m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm)
-    ).eval()
+    frozen = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm)).eval()
 
     def facts():
         modules = {key: (id(m), m.training, len(m._forward_hooks)) for key, m in model.named_modules()}
@@ -166,9 +152,7 @@ def test_view_is_made_of_the_models_parts_and_leaves_it_alone(name):
     assert {id(p) for p in view.parameters()} == {id(p) for p in model.parameters()}, (
         "view and model own other parameters"
     )
-    assert {id(b) for b in view.buffers()} == {id(b) for b in model.buffers()}, (
-        "view and model own other buffers"
-    )
+    assert {id(b) for b in view.buffers()} == {id(b) for b in model.buffers()}, "view and model own other buffers"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -177,9 +161,7 @@ def test_hooks_on_layers_fire_as_in_the_model(name):
     calls = []
     for key, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_pre_hook(
-                lambda m, args, key=key: calls.append((key, args[0].detach().clone()))
-            )
+            module.register_forward_pre_hook(lambda m, args, key=key: calls.append((key, args[0].detach().clone())))
     x, _ = batch()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(3)
@@ -188,12 +170,8 @@ def test_hooks_on_layers_fire_as_in_the_model(name):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(3)
         as_chain(model)(x)
-    assert [key for key, _ in calls] == [key for key, _ in want], (
-        "layers were called in another order or number"
-    )
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(want, calls, strict=True)), (
-        "a hook saw another input"
-    )
+    assert [key for key, _ in calls] == [key for key, _ in want], "layers were called in another order or number"
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(want, calls, strict=True)), "a hook saw another input"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -226,9 +204,7 @@ def test_view_runs_with_substituted_parameters(name):
     other = copy.deepcopy(model)
     with torch.no_grad():
         for p in other.parameters():
-            p.add_(
-                torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype) * 0.1
-            )
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype) * 0.1)
     by_id = {id(p): q for p, q in zip(model.parameters(), other.parameters(), strict=True)}
     swapped = {key: by_id[id(p)] for key, p in view.named_parameters()}
     x, _ = batch()
@@ -260,16 +236,12 @@ def test_blocks_of_resnets_and_transformers():
     assert kinds == [AddReLU, AddReLU, ShortcutAdd, AddReLU, ShortcutAdd, AddReLU, ShortcutAdd, AddReLU]
     assert all(has_residual_path(block) for block in resnet)
     vit = as_chain(build("timm vit_tiny")).residuals()
-    assert [type(block.merge) for block in vit] == [Add] * 6, (
-        "attention and MLP of three layers are six blocks"
-    )
+    assert [type(block.merge) for block in vit] == [Add] * 6, "attention and MLP of three layers are six blocks"
 
 
 def small_chain():
     block = lambda: nn.Sequential(nn.Linear(6, 6), nn.Tanh())  # noqa: E731
-    return Chain(
-        nn.Linear(4, 6), nn.ModuleList([Residual(block()), Residual(block(), AddReLU())]), nn.Linear(6, 3)
-    )
+    return Chain(nn.Linear(4, 6), nn.ModuleList([Residual(block()), Residual(block(), AddReLU())]), nn.Linear(6, 5))
 
 
 def test_chain_is_its_formula_and_its_own_view():
@@ -331,9 +303,7 @@ def test_wrong_types_are_named(make, error, message):
 
 def sequential_with(*extra):
     body = [nn.Flatten(), nn.Linear(3 * 32 * 32, 8), Residual(nn.Linear(8, 8)), nn.BatchNorm1d(8)]
-    return nn.Sequential(
-        *body, *extra, Residual(nn.Sequential(nn.ReLU(), nn.Linear(8, 8)), AddReLU()), nn.Linear(8, 5)
-    )
+    return nn.Sequential(*body, *extra, Residual(nn.Sequential(nn.ReLU(), nn.Linear(8, 8)), AddReLU()), nn.Linear(8, 5))
 
 
 @pytest.mark.parametrize(
@@ -344,9 +314,7 @@ def sequential_with(*extra):
         (sequential_with(nn.Dropout(0.5, inplace=True)), [Add, Replace, Replace, AddReLU]),
         (nn.Sequential(*sequential_with(), nn.ReLU(inplace=True)), [Add, Replace, AddReLU]),
         (
-            nn.Sequential(
-                nn.Flatten(), Residual(nn.Linear(3072, 3072)), nn.Identity(), nn.ReLU(inplace=True)
-            ),
+            nn.Sequential(nn.Flatten(), Residual(nn.Linear(3072, 3072)), nn.Identity(), nn.ReLU(inplace=True)),
             [Add],
         ),
         (
@@ -399,9 +367,7 @@ def test_foreign_models_are_refused_with_what_to_pass_instead():
         Halved(nn.Linear(2, 2)),
         Reversed(nn.Identity(), [Residual(nn.Tanh())], nn.Identity()),
     ):
-        with pytest.raises(
-            TypeError, match=rf"{type(model).__name__}: pass a fastbp.Chain, an nn.Sequential"
-        ):
+        with pytest.raises(TypeError, match=rf"{type(model).__name__}: pass a fastbp.Chain, an nn.Sequential"):
             as_chain(model)
     with pytest.raises(ValueError, match="blocks is empty"):
         as_chain(nn.Sequential())
@@ -409,9 +375,7 @@ def test_foreign_models_are_refused_with_what_to_pass_instead():
 
 def parallel_vit():
     timm = pytest.importorskip("timm")
-    return timm_model(
-        "vit_tiny_patch16_224", **VIT, block_fn=timm.models.vision_transformer.ParallelThingsBlock
-    )
+    return timm_model("vit_tiny_patch16_224", **VIT, block_fn=timm.models.vision_transformer.ParallelThingsBlock)
 
 
 def checkpointing():

@@ -49,6 +49,7 @@ def write_folder(root: Path, per_class: int = 10, *, first_seed: int = 0, **how)
         for i in range(per_class):
             image = write_image(root / name / f"{i:02}.png", seed=first_seed + len(out), **how)
             out[as_bytes(image)] = label
+            os.utime(root / name / f"{i:02}.png", (10**9, 10**9))
     return out
 
 
@@ -132,18 +133,30 @@ def change_class_renamed(root: Path) -> None:
     (root / "a").rename(root / "c")
 
 
+def change_swapped(root: Path) -> None:
+    """Two images of one size and time change places."""
+    a, b = root / "a" / "03.png", root / "b" / "03.png"
+    assert a.stat().st_size == b.stat().st_size, "the test needs images of one size in bytes"
+    a.rename(root / "a" / "spare")
+    b.rename(a)
+    (root / "a" / "spare").rename(b)
+
+
+def change_empty_class(root: Path) -> None:
+    """A class without images, which makes b the third class."""
+    (root / "aa").mkdir()
+
+
 def change_pixels(root: Path) -> None:
-    file = root / "a" / "03.png"
-    before = file.stat()
-    write_image(file, seed=999)
-    os.utime(
-        file, ns=(before.st_atime_ns, before.st_mtime_ns - 10**9)
-    )  # older than the newest, as cp -p leaves it
+    """Other pixels, and a time before that of the other images, as `cp -p` may leave it."""
+    write_image(root / "a" / "03.png", seed=999)
+    os.utime(root / "a" / "03.png", (10**8, 10**8))
 
 
-@pytest.mark.parametrize(
-    "change", [change_added, change_removed, change_moved, change_class_renamed, change_pixels]
-)
+CHANGES = [change_added, change_removed, change_moved, change_class_renamed, change_swapped, change_empty_class]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, change_pixels])
 def test_a_changed_folder_is_decoded_again(tmp_path, cache, monkeypatch, change):
     root = tmp_path / "pets"
     write_folder(root)
@@ -297,6 +310,4 @@ def test_real_photographs(tmp_path, cache):
     assert (len(data.train), len(data.val), len(data.test)) == (48, 6, 6)
     with Image.open(sorted((tmp_path / "cifar" / "train").glob("*/*.jpg"))[0]) as image:
         truth = torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.uint8).view(32, 32, 3)
-    assert as_bytes(truth.permute(2, 0, 1)) in contents(data.train, data.val, data.test), (
-        "a photograph is missing"
-    )
+    assert as_bytes(truth.permute(2, 0, 1)) in contents(data.train, data.val, data.test), "a photograph is missing"

@@ -40,9 +40,7 @@ def test_forward_and_backward_reach_every_parameter(name):
     out = model(x)
     assert out.shape == (*y.shape, CLASSES), f"{name} returned {tuple(out.shape)}"
     loss = loss_of(out, y)
-    assert 0.5 < loss.item() < 6.0, (
-        f"{name} starts at loss {loss.item():.2f}, chance is {torch.tensor(10.0).log():.2f}"
-    )
+    assert 0.5 < loss.item() < 6.0, f"{name} starts at loss {loss.item():.2f}, chance is {torch.tensor(10.0).log():.2f}"
     loss.backward()
     for key, p in model.named_parameters():
         assert p.grad is not None, f"{key} got no gradient"
@@ -114,14 +112,12 @@ def test_cifar_resnets_have_the_papers_size_and_stages(depth, parameters):
     count = sum(p.numel() for p in model.parameters())
     assert abs(count / parameters - 1) < 0.025, f"{count} parameters, the paper has {parameters:.0f}"
     assert len([m for m in model.modules() if isinstance(m, nn.Conv2d)]) == depth - 1, (
-        "conv layers plus one Linear"
+        "depth counts the convolutions and one Linear"
     )
     merges = [type(block.merge) for block in model.residuals()]
     n = (depth - 2) // 6
     assert len(merges) == 3 * n
-    assert [i for i, merge in enumerate(merges) if merge is ShortcutAdd] == [n, 2 * n], (
-        "stages begin elsewhere"
-    )
+    assert [i for i, merge in enumerate(merges) if merge is ShortcutAdd] == [n, 2 * n], "stages begin elsewhere"
     assert all(has_residual_path(block) for block in model.residuals())
     assert not list(model.residuals()[n].merge.parameters()), "shortcut A has no parameters"
     conv = model.residuals()[-1].branch[2].weight  # 64 -> 64, 3x3: variance 2 / (9 * 64)
@@ -229,7 +225,5 @@ def test_timm_and_torchvision_by_name():
 def test_missing_libraries_name_the_extra(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.setitem(sys.modules, f"{library}.models", None)
-    with pytest.raises(
-        ImportError, match=rf"{library}:resnet18' needs {library}: pip install fastbp\[vision\]"
-    ):
+    with pytest.raises(ImportError, match=rf"{library}:resnet18' needs {library}: pip install fastbp\[vision\]"):
         make_model(f"{library}:resnet18", (3, 32, 32), 7, {}, seed=0)

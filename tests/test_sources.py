@@ -44,9 +44,7 @@ def test_splits_are_fixed_and_disjoint():
     torch.manual_seed(11)
     data = load_dataset("digits", device="cpu")
     assert (len(data.train), len(data.val), len(data.test)) == (1197, 300, 300)
-    digest = hashlib.sha256(
-        bytes(data.test.x.flatten().tolist()) + bytes(data.val.x.flatten().tolist())
-    ).hexdigest()
+    digest = hashlib.sha256(bytes(data.test.x.flatten().tolist()) + bytes(data.val.x.flatten().tolist())).hexdigest()
     assert digest[:16] == "75282bb20addcd12", (
         f"other images in val or test than those published results used: {digest[:16]}"
     )
@@ -61,9 +59,7 @@ def test_every_prefix_of_the_stratified_order_holds_the_classes_in_proportion(co
     assert order.sort().values.tolist() == list(range(len(y))), "not a permutation"
     for end in range(1, len(y)):
         share = torch.bincount(y[order[:end]], minlength=len(counts)) - end * torch.tensor(counts) / len(y)
-        assert share.abs().max() <= 1.01, (
-            f"prefix {end} of classes {counts} is off by {share.tolist()} images"
-        )
+        assert share.abs().max() <= 1.01, f"prefix {end} of classes {counts} is off by {share.tolist()} images"
 
 
 def test_limit_keeps_the_first_of_the_fixed_order_balanced():
@@ -98,9 +94,7 @@ def test_text_targets_are_the_next_characters(tmp_path):
     assert data.classes == len(vocabulary), f"{data.classes} tokens for {len(vocabulary)} characters"
     n = len(content)
     pieces = content[: n * 18 // 20], content[n * 18 // 20 : n * 19 // 20], content[n * 19 // 20 :]
-    for name, split, piece in zip(
-        ("train", "val", "test"), (data.train, data.val, data.test), pieces, strict=True
-    ):
+    for name, split, piece in zip(("train", "val", "test"), (data.train, data.val, data.test), pieces, strict=True):
         windows = (len(piece) - 1) // 10
         assert split.x.shape == (windows, 10), f"{name}: {tuple(split.x.shape)}"
         for what, tokens, shift in (("x", split.x, 0), ("y", split.y, 1)):
@@ -148,9 +142,7 @@ def test_cifar10_is_read_through_torchvision(tmp_path, monkeypatch):
     assert data.val.y.bincount().tolist() == [1] * 10, f"validation classes {data.val.y.tolist()}"
     assert torch.equal(data.test.x, images[100:]), "the test images are not the original ones, in order"
     got = {bytes(i.flatten().tolist()) for i in torch.cat([data.train.x, data.val.x])}
-    assert got == {bytes(i.flatten().tolist()) for i in images[:100]}, (
-        "train and val are not the training images"
-    )
+    assert got == {bytes(i.flatten().tolist()) for i in images[:100]}, "train and val are not the training images"
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -161,9 +153,7 @@ def test_cifar_without_network_is_one_clear_error(name, tmp_path, monkeypatch):
         raise urllib.error.URLError("no route to host")
 
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    with pytest.raises(
-        OSError, match=rf"{name}.*root.*cannot be downloaded.*no route to host.*FASTBP_DATA"
-    ) as caught:
+    with pytest.raises(OSError, match=rf"{name}.*root.*cannot be downloaded.*no route to host.*FASTBP_DATA") as caught:
         load_dataset(name, device="cpu")
     assert "\n" not in str(caught.value), f"more than one line: {caught.value}"
 

@@ -19,9 +19,10 @@ STATE_FILE = "run.pt"
 class MethodTrainable(tune.Trainable):
     """Trains `config["run"]`, a `RunConfig` dictionary.
 
-    Further keys: `exclusive` (alone on its device), `threads` (of torch on CPU), `device`, `attempt`, `cwd`, the
-    folder that relative data paths of the run start from, and `git_commit` with `git_dirty`. Every result has `record` (an EpochRecord); the first one also
-    `start` and the last one `end` (RunRecords). What Tune does between two steps is counted as report_blocked.
+    Further keys: `exclusive` (alone on its device), `threads` (of torch on CPU), `device`, `attempt`,
+    `checkpoint` (a saved state to continue from), `cwd` (the folder that relative data paths start from),
+    `git_commit`, `git_dirty`. Every result has `record` (an EpochRecord), the first one also `start` and the
+    last one `end` (RunRecords). What Tune does between two steps is counted as report_blocked.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -38,7 +39,9 @@ class MethodTrainable(tune.Trainable):
             attempt=config.get("attempt", 0),
         )
         self._first = True
-        self._returned: float | None = None  # when the last step ended, less what was spent on checkpoints since
+        self._returned: float | None = None  # when the last step ended; checkpoints push it on
+        if config.get("checkpoint"):
+            self.load_checkpoint(str(Path(config["checkpoint"]).parent))
 
     def step(self) -> dict[str, Any]:
         if self._returned is not None:

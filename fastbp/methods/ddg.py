@@ -4,8 +4,8 @@ Idea        Cut the net into K modules. In a step, the new batch goes forward th
             differentiates the batch of K-1-j steps ago. The K backward passes are independent of each other.
 Exact when  modules = 1.
 Needs       Chain, nn.Sequential, or a model that `as_chain` can see into; no weight shared across a cut. Leaf.
-Cost        On one device: backprop's time; memory of d+1 batches' activations (and weights, `stash`) for a module that is d
-            steps late. The parallel speed-up needs a device per module.
+Cost        On one device: backprop's time; a module that is d steps late holds d+1 batches' activations (and weights,
+            `stash`). The parallel speed-up needs a device per module.
 Departs     `stash` (default) differentiates at the weights of the batch, as the paper's formula says; the authors' code
             used the current ones in part (`mixed`). `replay` recomputes the forward (features replay). Dropout is
             seeded by (module, step). A module that has nothing to apply yet takes no step at all.
@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Annotated, Any
 
 import torch
@@ -46,6 +47,7 @@ class DDG(Method):
         drain: when the batches in flight are worked off, by K-1 steps without a new batch: `never` (the authors' code),
             after every `epoch`, or at the `end` of training.
         devices: reserved for one device per module; None runs all modules in place, with the same numbers.
+
     """
 
     modules: Annotated[int, IntRange(1, 4)] = 2
@@ -75,15 +77,16 @@ def split(model: nn.Module, modules: int) -> list[nn.Sequential]:
     Raises:
         TypeError: `as_chain` cannot see into the model, or a weight is shared across a cut.
         ValueError: more modules than blocks.
+
     """
     chain = as_chain(model)
     blocks = list(chain.blocks)
     if modules > len(blocks):
         raise ValueError(
-            f"DDG.modules = {modules}: this {type(model).__name__} has {len(blocks)} blocks; use at most that many modules"
+            f"DDG.modules = {modules}: this {type(model).__name__} has {len(blocks)} blocks; use at most that many"
         )
     edges = [k * len(blocks) // modules for k in range(modules + 1)]
-    groups = [blocks[start:stop] for start, stop in zip(edges, edges[1:], strict=False)]
+    groups = [blocks[start:stop] for start, stop in pairwise(edges)]
     groups[0] = [chain.stem, *groups[0]]
     groups[-1] = [*groups[-1], chain.head]
     owner: dict[int, int] = {}
@@ -92,8 +95,8 @@ def split(model: nn.Module, modules: int) -> list[nn.Sequential]:
             for name, parameter in part.named_parameters():
                 if owner.setdefault(id(parameter), k) != k:
                     raise TypeError(
-                        f"DDG: weight {name} is shared by modules {owner[id(parameter)]} and {k}; its gradients would come "
-                        "from different batches. Untie it or use fewer modules"
+                        f"DDG: weight {name} is shared by modules {owner[id(parameter)]} and {k}; its gradients would "
+                        "come from different batches. Untie it or use fewer modules"
                     )
     return [nn.Sequential(*group) for group in groups]
 
@@ -106,7 +109,9 @@ class _Entry:
     x: Tensor  # the module's input, a leaf
     wants_grad: dict[str, bool]  # of the parameters, at this batch's forward
     leaves: dict[str, Tensor] = field(default_factory=dict)  # the parameters its graph was recorded with
-    buffers: dict[str, Tensor] = field(default_factory=dict)  # stash: the buffers then; those replaced since live on here
+    buffers: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # stash: the buffers then; those replaced since live on here
     y: Tensor | None = None  # output with graph; None for replay
     saved: list[Tensor] = field(default_factory=list)  # mixed: what autograd saved, in order
 
@@ -170,6 +175,7 @@ class _Module:
 
         Args:
             scratch: buffers to read instead of the module's own, which then stay untouched.
+
         """
         tensors = {} if self.mode == "now" else dict(entry.leaves)
         if scratch:
@@ -277,7 +283,8 @@ class _DDG(GradientEstimator):
         """Continue exactly where `state_dict` was taken; load the model's own state first."""
         if len(state["queues"]) != len(self.modules):
             raise ValueError(
-                f"DDG.modules = {len(self.modules)}, but the state was saved with {len(state['queues'])}; resume with that number"
+                f"DDG.modules = {len(self.modules)}, but the state was saved with {len(state['queues'])}; "
+                "resume with that number"
             )
         self.step, self.inbox = state["step"], list(state["inbox"])
         for module, queue in zip(self.modules, state["queues"], strict=True):

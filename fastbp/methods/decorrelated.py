@@ -46,6 +46,7 @@ class DecorrelatedBP(Method):
         structure: `full`, one dense matrix per layer (per group of a grouped convolution).
         max_features: layers with a wider input stay plain.
         inner: the method that computes the gradient.
+
     """
 
     decor_lr: Annotated[float, LogUniform(1e-6, 1e-2)] = 1e-4
@@ -84,24 +85,32 @@ class DecorrelatedBP(Method):
 def decorrelated_layers(model: nn.Module, max_features: int) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers that get a matrix R, by path in the model.
 
-    Left out: layers wider than `max_features` (with one warning that lists them), weights shared between layers,
-    subclasses with a forward of their own (they may see another input than the layer's), and the projections of
-    `nn.MultiheadAttention`, which reads their weights without calling them.
+    Left out: layers wider than `max_features` (with one warning that lists them), frozen weights (R would move what
+    the layer computes), weights shared between layers, subclasses with a forward of their own (they may see another
+    input than the layer's), and the projections of `nn.MultiheadAttention`, which reads their weights without calling
+    them.
 
     Raises:
         TypeError: no layer is left.
+
     """
     uses: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    unseen = {id(part) for module in model.modules() if isinstance(module, nn.MultiheadAttention) for part in module.modules()}
+    unseen = {
+        id(part) for module in model.modules() if isinstance(module, nn.MultiheadAttention) for part in module.modules()
+    }
     layers: dict[str, nn.Linear | nn.Conv2d] = {}
     wide: list[str] = []
     for path, layer in model.named_modules():
         if not isinstance(layer, nn.Linear | nn.Conv2d) or id(layer) in unseen or parametrize.is_parametrized(layer):
             continue
-        if uses[id(layer.weight)] > 1 or type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+        if (
+            not layer.weight.requires_grad
+            or uses[id(layer.weight)] > 1
+            or type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward)
+        ):
             continue
         if features(layer) > max_features:
             wide.append(f"{path} ({features(layer)})")
@@ -131,6 +140,7 @@ class Decorrelation(nn.Module):
 
     Attributes:
         D: buffer R - I, shape (G, F, F) for G groups; float32, or float64 for a float64 weight.
+
     """
 
     D: Tensor
@@ -153,6 +163,7 @@ class Decorrelation(nn.Module):
             decor_lr: step size.
             kappa: weight of the variance term: M = (1-kappa) offdiag(K) + kappa (diag(K) - I), K = mean of z z^T,
                 z = R x.
+
         """
         self.D = self.D - decor_lr * update_direction(rows_GnF.to(self.D.dtype), self.D, kappa)  # graphs keep the old D
 
@@ -208,6 +219,7 @@ def input_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     Args:
         layer: Linear (G = 1) or Conv2d (G = groups).
         x: input of the layer: (..., F) for Linear, (N, C, H, W) or (C, H, W) for Conv2d.
+
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])
@@ -222,7 +234,9 @@ def input_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
 class _DecorrelatedBP(WrappingEstimator):
     method: DecorrelatedBP
 
-    def __init__(self, method: DecorrelatedBP, inner: GradientEstimator, layers: dict[str, nn.Linear | nn.Conv2d]) -> None:
+    def __init__(
+        self, method: DecorrelatedBP, inner: GradientEstimator, layers: dict[str, nn.Linear | nn.Conv2d]
+    ) -> None:
         super().__init__(method, inner)
         self.layers = layers
         self.step = 0
@@ -297,11 +311,12 @@ class _DecorrelatedBP(WrappingEstimator):
 
     def state_dict(self) -> dict[str, Any]:
         """The matrices themselves are buffers of the model and travel in its state dict."""
-        return {**super().state_dict(), "step": self.step, "generator": self.generator.get_state()}
+        own = {"step": self.step, "generator": self.generator.get_state(), "top": dict(self.top)}
+        return {**super().state_dict(), **own}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.step = state["step"]
+        self.step, self.top = state["step"], dict(state["top"])
         self.generator.set_state(state["generator"].cpu())
 
     def finalize(self) -> nn.Module:

@@ -4,8 +4,8 @@ Idea        Start from the gradient through the cheap merges alone; each round a
             branch. After k rounds a block's error signal is the sum over all paths through at most k branches.
 Exact when  iterations >= number of blocks (the blocks' own parameters already at one less).
 Needs       Chain of Residual blocks, or a model that `as_chain` can see into. Leaf.
-Cost        Forward as backprop. k rounds of input VJPs of all blocks, in parallel over blocks where the hardware allows,
-            one pass for the parameters: about (k+3)/3 of backprop's FLOPs. Memory: backprop's, held longer.
+Cost        Forward as backprop. k rounds of input VJPs of all blocks (parallel over blocks in principle), then one
+            pass for the parameters: about (k+3)/3 of backprop's FLOPs. Memory: backprop's, held longer.
 Departs     Rounds run as a serial loop over blocks here, so every k >= 1 is slower than backprop; a round skips blocks
             whose signal is final already (w_i after L-i rounds). The scan starts from K_{i+1}, which the paper's
             printed algorithm misindexes. The merge's Jacobian is applied as a VJP, whatever it is.
@@ -38,6 +38,7 @@ class HighwayBP(Method):
         gamma: share in [0, 1] of the merge's Jacobian that is moved into the branch; any value gives the same
             gradient at full iterations, 1 is fixed-point iteration without a highway. The paper: 0 for ResNets, 0.2
             for GPT-2, 0.8 for RoBERTa.
+
     """
 
     iterations: Annotated[int, IntRange(0, 8)] = 4
@@ -50,7 +51,7 @@ class HighwayBP(Method):
 
     def bind(self, model: nn.Module, loss_fn: LossFn) -> GradientEstimator:
         chain = as_chain(model)
-        if not any(has_residual_path(block) for block in chain.blocks):
+        if not any(has_residual_path(block) for block in chain.residuals()):
             raise TypeError(
                 f"HighwayBP: no block of this {type(model).__name__} has a residual path, so no gradient would travel "
                 "between blocks; pass a fastbp.Chain of Residual blocks"
@@ -76,13 +77,14 @@ class _Tape:
         self.h = block.merge(self.skip, self.z_in)
 
     def through_merge(self, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """w K and w d merge/d z; None where the merge does not read that argument."""
+        """W K and w d merge/d z; None where the merge does not read that argument."""
         if type(self.block.merge) is Add:
             return w, w
-        return torch.autograd.grad(self.h, (self.skip, self.z_in), w, retain_graph=True, allow_unused=True)
+        skip, dz = torch.autograd.grad(self.h, (self.skip, self.z_in), w, retain_graph=True, allow_unused=True)
+        return skip, dz
 
     def through_branch(self, dz: Tensor) -> Tensor:
-        """dz d branch / d x."""
+        """Dz d branch / d x."""
         (dx,) = torch.autograd.grad(self.z, self.x, dz, retain_graph=True, allow_unused=True)
         return torch.zeros_like(self.x) if dx is None else dx
 
@@ -106,8 +108,8 @@ class _HighwayBP(GradientEstimator):
         h0 = self.chain.stem(x)
         tapes: list[_Tape] = []
         h = h0
-        for block in self.chain.blocks:
-            tapes.append(_Tape(block, h))  # type: ignore[arg-type]
+        for block in self.chain.residuals():
+            tapes.append(_Tape(block, h))
             h = tapes[-1].h
         last = h.detach().requires_grad_()
         loss = self.loss_fn(self.chain.head(last), y)
@@ -137,6 +139,7 @@ def highway_gradients(tapes: list[_Tape], g: Tensor, iterations: int, gamma: flo
 
     Returns:
         L + 1 tensors with the shapes of the states.
+
     """
     blocks = len(tapes)
     w: list[Tensor] = [g] * (blocks + 1)
@@ -150,13 +153,13 @@ def highway_gradients(tapes: list[_Tape], g: Tensor, iterations: int, gamma: flo
 
 
 def _keep(tape: _Tape, w: Tensor, gamma: float) -> Tensor:
-    """w (1-gamma) K."""
+    """W (1-gamma) K."""
     skip, _ = tape.through_merge(w)
     return torch.zeros_like(tape.skip) if skip is None else skip if gamma == 0 else (1 - gamma) * skip
 
 
 def _cross(tape: _Tape, w: Tensor, gamma: float) -> Tensor:
-    """w (J + gamma K)."""
+    """W (J + gamma K)."""
     skip, dz = tape.through_merge(w)
     crossed = torch.zeros_like(tape.x) if dz is None else tape.through_branch(dz)
     return crossed if skip is None or gamma == 0 else crossed + gamma * skip
@@ -164,5 +167,3 @@ def _cross(tape: _Tape, w: Tensor, gamma: float) -> Tensor:
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
-
-

@@ -47,6 +47,7 @@ class LayerDropBack(Method):
         seed: of the masks; independent of every other random number.
         mask: False keeps the plan (epochs, learning rate, batch) and drops nothing: the control arm.
         inner: the method that computes the gradient of the kept layers.
+
     """
 
     drop_rate: Annotated[float, Uniform(0.1, 0.9)] = 0.5
@@ -81,7 +82,6 @@ class LayerDropBack(Method):
         """Whether the 0-based epoch drops: a positive multiple of `every_epochs`."""
         return epoch > 0 and epoch % self.every_epochs == 0
 
-
     @property
     def lr_scale(self) -> float:
         """The learning-rate factor of dropping epochs; `prefix` scales gradients per unit instead."""
@@ -115,7 +115,11 @@ class _LayerDropBack(WrappingEstimator):
         if not (self.dropping and self.method.mask):
             return super().backward(x, y)
         skipped = [
-            p for unit, drop in zip(self.units, self._dropped(), strict=True) if drop for p in unit.parameters if p.requires_grad
+            p
+            for unit, drop in zip(self.units, self._dropped(), strict=True)
+            if drop
+            for p in unit.parameters
+            if p.requires_grad
         ]
         for p in skipped:  # before the forward: later saves nothing
             p.grad = None  # a stale or zero gradient would still move the parameter by momentum and decay
@@ -169,6 +173,7 @@ def dropped_mask(seed: int, epoch: int, steps: range, units: Tensor, drop_rate: 
 
     Returns:
         bool tensor, shape (len(steps), U), True with probability `drop_rate`, independent over all four arguments.
+
     """
     return _uniform(seed, epoch, steps, units) < drop_rate
 

@@ -1,0 +1,42 @@
+# Everything a bare machine with Python 3.11+, pip, venv and make needs. `make demo` and `make test` set up first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup demo test quick lint types bench clean
+help:
+	@echo "make demo    sweep five arms on the digits and show the Pareto report (minutes)"
+	@echo "make test    the whole test suite"
+	@echo "make quick   the tests that take seconds"
+	@echo "make lint    ruff;  make types  basedpyright;  make bench  speed claims, as ratios"
+
+setup: $(STAMP)
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 $@")'
+	test -x "$(BIN)/python" || $(PYTHON) -m venv "$(VENV)"
+	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch "$(STAMP)"
+
+demo: $(STAMP)
+	"$(BIN)/fastbp-sweep" run quickstart
+
+test: $(STAMP)
+	"$(BIN)/python" -m pytest
+
+quick: $(STAMP)
+	"$(BIN)/python" -m pytest -m "not slow"
+
+lint: $(STAMP)
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+
+types: $(STAMP)
+	"$(BIN)/basedpyright" --pythonpath "$(BIN)/python" --level error
+
+bench: $(STAMP)
+	for script in benchmarks/*.py; do "$(BIN)/python" "$$script" || exit 1; done
+
+clean:
+	rm -rf "$(VENV)" build *.egg-info

@@ -1,0 +1,251 @@
+"""`fastbp`: train one run, time a step of every method, read the methods' cards, check the installation."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fastbp.bench import ratios, step_seconds
+from fastbp.knobs import Choice, Domain, domains, set_knobs
+from fastbp.method import Method, method_class, nest
+from fastbp.methods import METHODS
+from fastbp.recipe import Recipe
+from fastbp.record import EpochRecord, RecordWriter, RunRecord, to_line
+from fastbp.run import Run, RunConfig, Task
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+MethodName = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        "-m",
+        help="bp, ldb, dbp, highway, ddg, a combination such as dbp+ldb, or package.module:Class",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="NAME=VALUE of the method, or recipe.NAME, model.NAME, data.NAME; repeatable"),
+]
+
+
+@app.command()
+def train(
+    method: MethodName = "bp",
+    model: Annotated[
+        str, typer.Option(help="a name of fastbp.nets, timm:NAME, torchvision:NAME, package.module:function")
+    ] = "resnet_tiny",
+    data: Annotated[str, typer.Option(help="digits, cifar10, cifar100, folder:PATH, text:PATH, synthetic")] = "digits",
+    epochs: Annotated[int, typer.Option(help="passes over the training split")] = 10,
+    lr: Annotated[float, typer.Option(help="peak learning rate")] = 0.1,
+    batch_size: Annotated[int, typer.Option(help="examples per step")] = 64,
+    seed: Annotated[int, typer.Option(help="of weights, data order and dropout")] = 0,
+    settings: Settings = None,
+    device: Annotated[str | None, typer.Option(help="torch device; default: cuda where there is one")] = None,
+    threads: Annotated[int | None, typer.Option(help="torch CPU threads")] = None,
+    out: Annotated[Path | None, typer.Option(help="records file to append to")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the run's record as one JSON line")] = False,
+) -> None:
+    """Train one run and print its record."""
+    groups = _split_settings(settings or [])
+    recipe = set_knobs(Recipe(epochs=epochs, lr=lr, batch_size=batch_size), groups["recipe"])
+    chosen = set_knobs(_method(method), groups["method"])
+    task = Task(data, model, groups["data"], groups["model"])
+    run = Run(RunConfig(task, recipe, chosen, seed, arm=method), device=device, threads=threads)
+    writer = RecordWriter(out) if out else None
+    if writer:
+        writer.write(run.start_record())
+    record = _drive(run, writer, quiet=as_json)
+    if as_json:
+        sys.stdout.write(to_line(record))
+    else:
+        _print_record(record)
+    if record.status != "finished":
+        raise typer.Exit(1)
+
+
+def _drive(run: Run, writer: RecordWriter | None, *, quiet: bool) -> RunRecord:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as progress:
+        task = progress.add_task(
+            f"{run.config.arm} on {run.config.task.data}", total=run.recipe.epochs, state="warming up"
+        )
+        while not run.done:
+            epoch = run.train_epoch()
+            if writer:
+                writer.write(epoch)
+            progress.update(task, advance=1, state=_state(epoch, run.recipe.epochs))
+            if not quiet and not console.is_terminal:
+                console.print(_state(epoch, run.recipe.epochs))
+    record = run.end()
+    if writer:
+        writer.write(record)
+    return record
+
+
+def _state(epoch: EpochRecord, epochs: int) -> str:
+    def number(value: float | None, pattern: str) -> str:
+        return "-" if value is None else format(value, pattern)
+
+    return (
+        f"epoch {epoch.epoch + 1}/{epochs}  train loss {number(epoch.train_loss, '.4f')}  "
+        f"val accuracy {number(epoch.val_accuracy, '.4f')}  train {epoch.train_seconds:.2f} s"
+    )
+
+
+def _print_record(record: RunRecord) -> None:
+    table = Table(title=f"run {record.run_key}", show_header=False)
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if field.name in ("kind", "schema_version", "run_key", "attempt") or value in ("", {}):
+            continue
+        if isinstance(value, dict):
+            value = ", ".join(f"{k}={json.dumps(v)}" for k, v in value.items())
+        elif value is None:
+            value = "not measured"
+        elif isinstance(value, float):
+            value = f"{value:.6g}"
+        table.add_row(field.name, str(value))
+    console.print(table)
+
+
+@app.command()
+def bench(
+    methods: Annotated[
+        str, typer.Option(help="comma-separated methods or combinations; bp is always timed")
+    ] = "bp,ldb,dbp,highway,ddg",
+    model: str = "resnet_tiny",
+    data: str = "digits",
+    batch_size: int = 64,
+    precision: Annotated[str, typer.Option(help="float32, float64, bfloat16")] = "float32",
+    device: str | None = None,
+    threads: int | None = None,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds of 5 steps")] = 15,
+) -> None:
+    """Time a training step of every method against backprop's, interleaved in this process."""
+    if threads:
+        torch.set_num_threads(threads)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    names = ["bp", *(name for name in methods.split(",") if name != "bp")]
+    recipe = Recipe(batch_size=batch_size, precision=precision)
+    seconds = step_seconds(
+        {n: _method(n) for n in names}, data=data, model=model, recipe=recipe, device=place, rounds=rounds
+    )
+    table = Table(title=f"{model} on {data}, batch {batch_size}, {place}: one step, {rounds} interleaved rounds")
+    for heading in ("method", "median ms", "times backprop", "quartiles"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for name, (low, middle, high) in ratios(seconds, "bp").items():
+        median = sorted(seconds[name])[len(seconds[name]) // 2] / 5 * 1000
+        table.add_row(name, f"{median:.2f}", f"{middle:.2f}", f"{low:.2f} to {high:.2f}")
+    console.print(table)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="one method; default: all")] = None) -> None:
+    """Print every method's card and its knobs with their search ranges."""
+    for short in [name] if name else list(METHODS):
+        kind = method_class(short)
+        console.rule(f"{short}: {kind.__name__}", align="left")
+        console.print((importlib.import_module(kind.__module__).__doc__ or "").strip(), markup=False, highlight=False)
+        table = Table(title="fields", title_justify="left")
+        for heading in ("field", "default", "search range"):
+            table.add_column(heading)
+        ranges = domains(kind)
+        for field in dataclasses.fields(kind):
+            default = "plain backprop" if field.name == "inner" else str(field.default)
+            table.add_row(field.name, default, _range(ranges.get(field.name)))
+        console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation: versions, device, and whether the optional parts import."""
+    table = Table(title="fastbp doctor", show_header=False)
+    table.add_row("python", platform.python_version())
+    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: runs on the CPU"
+    table.add_row("CUDA device", device)
+    broken = 0
+    for part, extra in _OPTIONAL.items():
+        try:
+            module = importlib.import_module(part)
+            table.add_row(part, getattr(module, "__version__", "installed"))
+        except ModuleNotFoundError:
+            table.add_row(part, f"not installed: pip install 'fastbp[{extra}]'")
+        except Exception as error:
+            broken += 1
+            table.add_row(part, f"[red]fails to import[/red]: {error}")
+    console.print(table)
+    if broken:
+        console.print(
+            "A part that is installed but fails: torch and torchvision must be a matching pair from the same index."
+        )
+        raise typer.Exit(1)
+
+
+_OPTIONAL = {
+    "torchvision": "vision",
+    "timm": "vision",
+    "ray": "sweep",
+    "optuna": "sweep",
+    "mlflow": "sweep",
+    "pandas": "report",
+    "moocore": "report",
+    "matplotlib": "report",
+}
+
+
+def _method(name: str) -> Method:
+    """`dbp+ldb+highway` is DecorrelatedBP on LayerDropBack on HighwayBP, at their defaults."""
+    return nest(method_class(part)() for part in name.split("+") if part != "bp")
+
+
+def _range(domain: Domain | None) -> str:
+    if domain is None:
+        return ""
+    if isinstance(domain, Choice):
+        return "one of " + ", ".join(str(value) for value in domain.values)
+    scale = {"LogUniform": ", logarithmic", "IntRange": ", whole"}.get(type(domain).__name__, "")
+    return f"{domain.low:g} to {domain.high:g}{scale}"
+
+
+def _split_settings(settings: list[str]) -> dict[str, dict[str, Any]]:
+    groups: dict[str, dict[str, Any]] = {"method": {}, "recipe": {}, "model": {}, "data": {}}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: expected NAME=VALUE")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        head, dot, rest = name.partition(".")
+        group, key = (head, rest) if dot and head in ("recipe", "model", "data") else ("method", name)
+        groups[group][key] = value
+    return groups
+
+
+def main() -> None:
+    """Entry point: errors of the user's input are one sentence and exit code 2."""
+    try:
+        app()
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        raise SystemExit(2) from None

@@ -1,0 +1,65 @@
+"""The records of one sweep as the tree that MLflow shows: sweep -> cell -> run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from fastbp.record import EpochRecord, Record, RunRecord, SweepRecord
+from sweeps import mlflow_view as view
+
+
+@dataclass
+class History:
+    """One run as the records tell it.
+
+    Attributes:
+        run: the newest state of its newest attempt.
+        epochs: of that attempt.
+        number: among the search trials of its arm, from 0.
+        lines: all its records, of every attempt, in order.
+    """
+
+    run: RunRecord
+    epochs: list[EpochRecord] = field(default_factory=list)
+    number: int = 0
+    lines: list[Record] = field(default_factory=list)
+
+
+@dataclass
+class Tree:
+    """The records of one sweep, by run_key in order of first appearance."""
+
+    sweep: SweepRecord
+    runs: dict[str, History] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Tree:
+        tree = cls(SweepRecord())
+        for record in records:
+            if isinstance(record, SweepRecord):
+                tree.sweep = record
+            elif isinstance(record, RunRecord):
+                tree._add_run(record)
+            elif (known := tree.runs.get(record.run_key)) is not None:
+                known.lines.append(record)
+                if known.run.attempt == record.attempt:
+                    known.epochs = [e for e in known.epochs if e.epoch < record.epoch] + [record]
+        return tree
+
+    def _add_run(self, record: RunRecord) -> None:
+        known = self.runs.get(record.run_key)
+        if known is None:
+            number = sum(h.run.phase == record.phase and h.run.arm == record.arm for h in self.runs.values())
+            known = self.runs[record.run_key] = History(record, number=number)
+        elif known.run.attempt != record.attempt:
+            known.epochs = []
+        known.run = record
+        known.lines.append(record)
+
+    def cells(self) -> dict[str, list[History]]:
+        """Cell name to its runs: `search ldb`, `ldb`, `ldb control`."""
+        cells: dict[str, list[History]] = {}
+        for history in self.runs.values():
+            cells.setdefault(view.cell_name(history.run), []).append(history)
+        return cells

@@ -1,0 +1,20 @@
+"""Every test runs with one torch thread: deterministic, and fair to the other processes of a small machine."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _threads_and_random_state():
+    state = torch.get_rng_state()
+    yield
+    torch.set_num_threads(1)
+    torch.set_rng_state(state)

@@ -1,0 +1,138 @@
+"""Intervals against scipy, closed forms and simulations with known truth."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from analysis.statistics import (
+    Estimate,
+    bootstrap_interval,
+    censored_ratio,
+    difference_estimate,
+    generator,
+    mean_estimate,
+    median_estimate,
+    ratio_estimate,
+    time_to_target,
+)
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_mean_interval_is_scipys():
+    values = np.random.default_rng(1).normal(3, 2, 7)
+    found = mean_estimate(values)
+    truth = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((truth.low, truth.high)), f"{found} is not scipy's {truth}"
+    assert (found.value, found.n) == (pytest.approx(values.mean()), 7)
+
+
+def test_difference_interval_is_scipys_paired_one():
+    a, b = np.random.default_rng(2).normal(0, 1, (2, 6))
+    found = difference_estimate(a, b)
+    truth = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((truth.low, truth.high)), f"{found} is not scipy's {truth}"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], Estimate()),
+        ([math.nan], Estimate()),
+        ([2.0], Estimate(2.0, n=1)),
+        ([2.0, math.nan], Estimate(2.0, n=1)),
+        ([2.0, 2.0, 2.0], Estimate(2.0, 2.0, 2.0, 3)),
+    ],
+)
+def test_degenerate_samples(values, expected):
+    assert mean_estimate(values) == expected
+    assert median_estimate(values, rng()) == expected
+
+
+def test_bounds_cut_the_interval_and_not_the_mean():
+    found = mean_estimate([0.99, 1.0, 0.9], bounds=(0.0, 1.0))
+    assert found.high == 1.0, f"upper end {found.high} beyond what an accuracy can be"
+    assert found.value == pytest.approx(0.9633333)
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_mean_interval_covers_the_truth_in_95_percent(n):
+    draws = np.random.default_rng(n).normal(1.0, 0.3, (2000, n))
+    covered = np.mean([e.low <= 1.0 <= e.high for e in map(mean_estimate, draws)])
+    assert 0.93 <= covered <= 0.97, f"a nominal 95 % interval covered {covered:.1%} at n = {n}"
+
+
+def test_ratio_interval_covers_the_truth_and_pairing_removes_what_seeds_share():
+    random, covered, widths = np.random.default_rng(3), [], []
+    for _ in range(1000):
+        shared = random.normal(0, 0.5, 5)
+        slow = np.exp(shared + random.normal(0, 0.02, 5))
+        fast = np.exp(shared - math.log(1.5) + random.normal(0, 0.02, 5))
+        found = ratio_estimate(slow, fast)
+        covered.append(found.low <= 1.5 <= found.high)
+        widths.append(found.high - found.low)
+    assert 0.93 <= np.mean(covered) <= 0.97, f"coverage {np.mean(covered):.1%}"
+    assert np.median(widths) < 0.2, f"intervals are {np.median(widths):.2f} wide: the pairs were not used"
+
+
+def test_ratio_of_pairs_is_their_geometric_mean_and_its_inverse_is_inverse():
+    a, b = [2.0, 8.0, 4.0], [1.0, 2.0, 4.0]
+    found, inverse = ratio_estimate(a, b), ratio_estimate(b, a)
+    assert found.value == pytest.approx(2.0), f"geometric mean of 2, 4, 1 is 2, not {found.value}"
+    assert inverse.low == pytest.approx(1 / found.high)
+    assert ratio_estimate([1.0, math.inf, 0.0], [1.0, 1.0, 1.0]).n == 1
+
+
+def test_baseline_against_itself_is_significant_in_about_5_percent():
+    random = np.random.default_rng(4)
+    draws = np.exp(random.normal(0, 0.1, (2000, 2, 5)))
+    wrong = np.mean([not e.low <= 1 <= e.high for e in (ratio_estimate(a, b) for a, b in draws)])
+    assert wrong <= 0.07, f"equal arms were called different in {wrong:.1%} of sweeps"
+
+
+def test_bootstrap_agrees_with_scipy():
+    values = np.random.default_rng(5).exponential(1, 40)
+    found = bootstrap_interval(values, np.median, rng(), resamples=20000)
+    truth = stats.bootstrap((values,), np.median, method="percentile", n_resamples=20000, rng=rng())
+    truth = truth.confidence_interval
+    assert found == pytest.approx((truth.low, truth.high), abs=0.06), f"{found} against scipy's {truth}"
+
+
+def test_median_with_misses_keeps_them():
+    found = median_estimate([1.0, 2.0, 3.0, math.inf, math.inf], rng())
+    assert (found.value, found.low, found.high) == (3.0, 1.0, math.inf)
+    most = median_estimate([1.0, math.inf, math.inf], rng())
+    assert most.value == math.inf, f"two misses of three give the median {most.value}"
+
+
+def test_time_to_target_against_a_loop():
+    random = np.random.default_rng(6)
+    for _ in range(200):
+        accuracy = random.random(6)
+        accuracy[random.random(6) < 0.3] = math.nan
+        seconds, target = np.cumsum(random.random(6)), random.random()
+        truth = math.inf
+        for s, a in zip(seconds, accuracy, strict=True):
+            if a >= target:
+                truth = s
+                break
+        assert time_to_target(seconds, accuracy, target) == truth
+    assert time_to_target([], [], 0.5) == math.inf
+
+
+def test_censored_ratio():
+    inf = math.inf
+    assert censored_ratio([4.0, 4.0, 4.0], [2.0, 2.0, inf], rng()).value == 2.0
+    assert censored_ratio([4.0], [inf], rng()).value == 0.0, "the arm alone missed: it is infinitely slower"
+    assert censored_ratio([inf], [4.0], rng()).value == inf
+    both = censored_ratio([inf, 4.0], [inf, 2.0], rng())
+    assert both == Estimate(n=2), f"a pair in which both missed says nothing, but {both} was claimed"
+
+
+def test_generator_depends_on_its_names_alone():
+    first, again, other = (generator("a", n).random() for n in (1, 1, 2))
+    assert first == again != other

@@ -1,0 +1,198 @@
+"""MLflow agrees with the records: three levels, once each, whatever order and however often."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from sweep_files import ended, history, plan_of, sweep_record
+
+from fastbp.record import RecordWriter, read_records, to_line
+from sweeps.mlflow_sync import MlflowMirror, try_sync
+from sweeps.mlflow_tree import Tree
+from sweeps.mlflow_view import MAX_METRICS, mean_interval, method_name
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory):
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlruns.db'}"
+
+
+@pytest.fixture
+def sweep(tmp_path, request):
+    """A plan under a name of its own, so that tests share one store; search trials; measured runs."""
+    from sweep_files import TOY
+
+    plan = plan_of(tmp_path, TOY.replace("name: toy", f"name: {request.node.name[:60].strip('[]')}"))
+    trials = [plan.search_run(arm, _values(arm, lr)) for lr in (0.1, 0.2, 0.3) for arm in plan.arms]
+    from sweeps.ledger import Ledger
+
+    ledger = Ledger.of([ended(t) for t in trials])
+    return plan, trials, plan.measure_runs(ledger)
+
+
+def _values(arm, lr):
+    return {"recipe.lr": lr} | ({"method.drop_rate": lr} if "method.drop_rate" in arm.space else {})
+
+
+def write(path, *records):
+    RecordWriter(path).write(*records)
+    return path
+
+
+def whole(tmp_path, sweep, **end):
+    plan, trials, runs = sweep
+    lines = [line for run in (*trials, *runs) for line in history(run, **end)]
+    return write(tmp_path / "records.jsonl", sweep_record(plan, len(runs)), *lines)
+
+
+def runs_of(uri, name):
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(name)
+    return list(client.search_runs([experiment.experiment_id], max_results=1000)), client
+
+
+def by_level(found, level):
+    return [run for run in found if run.data.tags["fastbp.level"] == level]
+
+
+def test_three_levels_with_names_a_person_can_read(tmp_path, uri, sweep):
+    MlflowMirror(whole(tmp_path, sweep), uri).sync(final=True)
+    found, _ = runs_of(uri, sweep[0].sweep.name)
+    parents = by_level(found, "sweep")
+    assert len(parents) == 1, f"{len(parents)} sweep runs"
+    cells = {run.info.run_name: run for run in by_level(found, "cell")}
+    assert set(cells) == {"search bp", "search ldb", "bp", "ldb", "ldb control"}, f"cells are {set(cells)}"
+    assert {run.data.tags["mlflow.parentRunId"] for run in cells.values()} == {parents[0].info.run_id}
+    names = {run.info.run_name: run for run in by_level(found, "run")}
+    assert len(names) == 6 + 9, f"runs are {sorted(names)}"
+    for name, cell in {"search ldb #3": "search ldb", "ldb control seed 2": "ldb control", "bp seed 0": "bp"}.items():
+        assert names[name].data.tags["mlflow.parentRunId"] == cells[cell].info.run_id, f"{name} is not under {cell}"
+    assert {run.info.status for run in found} == {"FINISHED"}, f"states are {[r.info.status for r in found]}"
+
+
+def test_metrics_are_few_finite_and_have_the_values_of_the_records(tmp_path, uri, sweep):
+    path = whole(tmp_path, sweep)
+    MlflowMirror(path, uri).sync(final=True)
+    found, client = runs_of(uri, sweep[0].sweep.name)
+    records = {key: h.run for key, h in Tree.of(read_records(path)).runs.items()}
+    for run in by_level(found, "run"):
+        record, metrics, params = records[run.data.tags["fastbp.run_key"]], run.data.metrics, run.data.params
+        assert len(metrics) <= MAX_METRICS, f"{len(metrics)} metrics: {sorted(metrics)}"
+        assert all(math.isfinite(v) for v in metrics.values()), f"not finite: {metrics}"
+        assert metrics["final/test_accuracy"] == record.test_accuracy
+        assert metrics["hp/lr"] == record.recipe["lr"], f"hp/lr is {metrics['hp/lr']}"
+        assert float(params["recipe.lr"]) == record.recipe["lr"]
+        assert params["method.method"] == record.method["method"]
+        curve = client.get_metric_history(run.info.run_id, "train_seconds")
+        assert [(m.step, m.value) for m in curve] == [(i, i + 1.0) for i in range(record.epochs_done)], f"{curve}"
+    cell = next(run for run in by_level(found, "cell") if run.info.run_name == "ldb")
+    assert cell.data.metrics["final/test_accuracy"] == pytest.approx(0.8)
+    assert cell.data.metrics["runs/finished"] == 3
+    assert cell.data.params["method.drop_rate"] == str(0.1), f"the cell's setting is {cell.data.params}"
+
+
+def test_syncing_again_changes_nothing(tmp_path, uri, sweep):
+    path = whole(tmp_path, sweep)
+    mirror = MlflowMirror(path, uri)
+    assert mirror.sync(final=True) > 0
+    before, client = runs_of(uri, sweep[0].sweep.name)
+    points = {run.info.run_id: len(client.get_metric_history(run.info.run_id, "train_seconds")) for run in before}
+    assert mirror.sync(final=True) == 0, "the same mirror wrote again"
+    assert MlflowMirror(path, uri).sync(final=True) == 0, "a new mirror wrote again"
+    after, _ = runs_of(uri, sweep[0].sweep.name)
+    assert {run.info.run_id for run in after} == set(points), "runs were added"
+    now = {run.info.run_id: len(client.get_metric_history(run.info.run_id, "train_seconds")) for run in after}
+    assert now == points, "points were added"
+
+
+def test_syncing_line_by_line_ends_where_syncing_once_does(tmp_path, uri, sweep):
+    plan, trials, _ = sweep
+    lines = [line for run in trials[:2] for line in history(run)]
+    lines = [lines[i] for i in (0, 3, 1, 4, 2, 5)]  # two runs at a time, as a search has them
+    path = write(tmp_path / "records.jsonl", sweep_record(plan))
+    for line in lines:
+        write(path, line)
+        MlflowMirror(path, uri).sync()
+    MlflowMirror(path, uri).sync(final=True)
+    found, client = runs_of(uri, plan.sweep.name)
+    runs = by_level(found, "run")
+    assert len(runs) == 2, f"{len(runs)} runs for two"
+    for run in runs:
+        steps = [m.step for m in client.get_metric_history(run.info.run_id, "train_seconds")]
+        assert steps == [0], f"curve has steps {steps}"
+
+
+def test_a_failed_run_is_failed_with_its_reason_up_to_the_sweep(tmp_path, uri, sweep):
+    plan, trials, runs = sweep
+    bad = next(run for run in runs if run.role == "control")
+    lines = [line for run in (*trials, *runs) if run is not bad for line in history(run)]
+    lines += history(bad, status="failed", reason="RuntimeError: boom", val=None)
+    MlflowMirror(write(tmp_path / "records.jsonl", sweep_record(plan, len(runs)), *lines), uri).sync(final=True)
+    found, _ = runs_of(uri, plan.sweep.name)
+    failed = {run.info.run_name: run for run in found if run.info.status == "FAILED"}
+    assert set(failed) == {f"ldb control seed {bad.seed}", "ldb control", plan.sweep.name}, f"failed: {set(failed)}"
+    assert failed[f"ldb control seed {bad.seed}"].data.tags["reason"] == "RuntimeError: boom"
+
+
+def test_an_interrupted_run_is_closed_and_opens_again_when_it_goes_on(tmp_path, uri, sweep):
+    plan, trials, _ = sweep
+    path = write(tmp_path / "records.jsonl", sweep_record(plan), *history(trials[0], status="running"))
+    MlflowMirror(path, uri).sync()
+    assert by_level(runs_of(uri, plan.sweep.name)[0], "run")[0].info.status == "RUNNING"
+    MlflowMirror(path, uri).sync(final=True)
+    found, _ = runs_of(uri, plan.sweep.name)
+    assert "RUNNING" not in {run.info.status for run in found}, "a run nobody trains is left RUNNING"
+    write(path, *history(trials[0], attempt=1))
+    MlflowMirror(path, uri).sync(final=True)
+    runs = by_level(runs_of(uri, plan.sweep.name)[0], "run")
+    assert [run.info.status for run in runs] == ["FINISHED"], f"after the retry: {[r.info.status for r in runs]}"
+    assert runs[0].data.tags["fastbp.attempt"] == "1"
+
+
+def test_the_artifacts_hold_every_line_of_the_records(tmp_path, uri, sweep):
+    plan, trials, runs = sweep
+    lines = [line for run in runs for line in history(run)]
+    lines += [*history(trials[0], status="failed", reason="x", val=None), *history(trials[0], attempt=1)]
+    path = write(tmp_path / "records.jsonl", sweep_record(plan, len(runs)), *lines)
+    report = tmp_path / "report.html"
+    report.write_text("<html></html>")
+    MlflowMirror(path, uri).sync(final=True, report=report)
+    found, client = runs_of(uri, plan.sweep.name)
+    seen, target = [], tmp_path / "downloads"
+    target.mkdir()
+    for run in found:
+        names = {item.path for item in client.list_artifacts(run.info.run_id)}
+        level = run.data.tags["fastbp.level"]
+        expected = {"sweep": {"sweep.jsonl", "report.html"}, "cell": set(), "run": {"records.jsonl"}}[level]
+        assert names == expected, f"{run.info.run_name} has artifacts {names}"
+        for name in names - {"report.html"}:
+            file = client.download_artifacts(run.info.run_id, name, str(target))
+            seen += Path(file).read_text(encoding="utf-8").splitlines()
+    local = [to_line(record).strip() for record in read_records(path)]
+    differing = Counter(seen) - Counter(local), Counter(local) - Counter(seen)
+    assert differing == ({}, {}), f"only in MLflow, only in the records: {differing}"
+
+
+def test_an_absent_server_is_one_line_and_not_an_exception(tmp_path, sweep, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    error = try_sync(MlflowMirror(whole(tmp_path, sweep), "http://127.0.0.1:9"))
+    assert error, "an absent server was not noticed"
+    assert "\n" not in error, f"more than one line: {error!r}"
+
+
+def test_mean_interval_is_students():
+    from scipy import stats
+
+    values = [0.5, 0.7, 0.9, 0.4]
+    mean, low, high = mean_interval(values)
+    expected = stats.t.interval(0.95, 3, loc=0.625, scale=stats.sem(values))
+    assert (mean, low, high) == pytest.approx((0.625, *expected))
+    assert mean_interval([]) == (None, None, None)
+
+
+def test_method_names_show_the_combination():
+    inner = {"method": "ldb", "inner": {"method": "bp"}}
+    assert method_name({"method": "dbp", "inner": inner}) == "dbp+ldb"
+    assert method_name({"method": "bp"}) == "bp"

@@ -1,0 +1,131 @@
+"""The plan of a sweep: chosen settings and measured blocks."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from sweep_files import TOY, ended, plan_of
+
+from fastbp import LayerDropBack
+from fastbp.nets import make_model
+from sweeps.drive import newest_checkpoint, open_ledger
+from sweeps.ledger import Ledger, config_of
+from sweeps.source import SweepError
+
+
+def searched(plan, arm, rows):
+    """A ledger of search trials of one arm: (lr, drop_rate, fields of the end)."""
+    arm = next(a for a in plan.arms if a.name == arm)
+    records = []
+    for lr, drop_rate, end in rows:
+        values = {"recipe.lr": lr} | ({"method.drop_rate": drop_rate} if "method.drop_rate" in arm.space else {})
+        records.append(ended(plan.search_run(arm, values), **end))
+    return records
+
+
+def full_ledger(plan):
+    rows = [(0.1, 0.3, {"val": 0.7}), (0.2, 0.4, {"val": 0.9})]
+    return Ledger.of([*searched(plan, "bp", rows), *searched(plan, "ldb", rows)])
+
+
+def test_every_block_has_every_arm_and_control_once_with_the_anchor_and_its_own_order(tmp_path):
+    plan = plan_of(tmp_path)
+    runs = plan.measure_runs(full_ledger(plan))
+    blocks = [[r for r in runs if r.block == b] for b in range(3)]
+    assert [r for block in blocks for r in block] == runs, "blocks are not run one after the other"
+    for block, seed in zip(blocks, plan.sweep.measure.seeds, strict=True):
+        cells = Counter((r.arm, r.role) for r in block)
+        expected = {("bp", "baseline"): 1, ("ldb", "method"): 1, ("ldb", "control"): 1}
+        assert cells == expected, f"block of seed {seed} holds {cells}"
+        assert {r.seed for r in block} == {seed}, f"block mixes seeds {[r.seed for r in block]}"
+    orders = {tuple((r.arm, r.role) for r in block) for block in blocks}
+    assert len(orders) > 1, "all blocks have the same order"
+    again = plan_of(tmp_path).measure_runs(full_ledger(plan))
+    assert again == runs, "the order is not a function of the file"
+
+
+def test_measured_runs_take_the_best_setting_and_the_full_recipe(tmp_path):
+    plan = plan_of(tmp_path)
+    runs = plan.measure_runs(full_ledger(plan))
+    method = next(r for r in runs if r.arm == "ldb" and r.role == "method")
+    control = next(r for r in runs if r.arm == "ldb" and r.role == "control")
+    assert method.method == LayerDropBack(drop_rate=0.4), f"measured {method.method}"
+    model = make_model("mlp", (1, 8, 8), 10, {"depth": 2, "width": 8}, 0)
+    assert control.method == LayerDropBack(drop_rate=0.4).exact(model), f"control is {control.method}"
+    assert control.method != method.method, "the control is the method itself"
+    assert control.recipe == method.recipe, "the control has another recipe"
+    assert (method.recipe.lr, method.recipe.epochs) == (0.2, 2), f"recipe is {method.recipe}"
+
+
+@pytest.mark.parametrize(
+    ("rows", "lr"),
+    [
+        ([(0.1, 0.3, {"val": 0.9}), (0.2, 0.4, {"val": 0.9})], 0.1),
+        ([(0.1, 0.3, {"val": 0.9}), (0.2, 0.4, {"val": 0.9, "examples": 64})], 0.2),
+        ([(0.1, 0.3, {"val": 0.8}), (0.2, 0.4, {"val": 0.99, "status": "diverged"})], 0.1),
+        ([(0.1, 0.3, {"val": 0.8}), (0.2, 0.4, {"val": 0.99, "status": "stopped"})], 0.1),
+        ([(0.1, 0.3, {"val": 0.8}), (0.2, 0.4, {"val": None})], 0.1),
+    ],
+    ids=["tie: earlier", "tie: fewer examples", "diverged", "stopped", "never evaluated"],
+)
+def test_the_choice_is_the_best_finished_trial(tmp_path, rows, lr):
+    plan = plan_of(tmp_path)
+    chosen = plan.chosen(plan.arms[1], Ledger.of(searched(plan, "ldb", rows)))
+    assert chosen is not None
+    assert chosen["recipe.lr"] == lr, f"chose {chosen}"
+
+
+def test_once_measured_a_setting_stands(tmp_path):
+    plan = plan_of(tmp_path)
+    ledger = full_ledger(plan)
+    ledger.add(ended(next(r for r in plan.measure_runs(ledger) if r.arm == "ldb" and r.role == "method")))
+    for record in searched(plan, "ldb", [(0.4, 0.5, {"val": 0.95})]):
+        ledger.add(record)
+    chosen = plan.chosen(plan.arms[1], ledger)
+    assert chosen == {"recipe.lr": 0.2, "method.drop_rate": 0.4}, f"a later trial changed the choice to {chosen}"
+
+
+def test_an_arm_without_a_finished_trial_is_left_out(tmp_path):
+    plan = plan_of(tmp_path)
+    rows = [(0.1, 0.3, {"status": "failed", "val": None})]
+    ledger = Ledger.of([*searched(plan, "bp", [(0.1, 0, {})]), *searched(plan, "ldb", rows)])
+    assert {r.arm for r in plan.measure_runs(ledger)} == {"bp"}, "an arm without a setting was planned"
+
+
+def test_without_controls_there_are_none(tmp_path):
+    plan = plan_of(tmp_path, TOY.replace("seeds: [0, 1, 2]", "seeds: [0, 1, 2], controls: false"))
+    roles = {r.role for r in plan.measure_runs(full_ledger(plan))}
+    assert roles == {"baseline", "method"}, f"roles are {roles}"
+
+
+def test_a_recorded_run_gives_its_configuration_back(tmp_path):
+    plan = plan_of(tmp_path)
+    for run in plan.measure_runs(full_ledger(plan)):
+        again = config_of(ended(run))
+        assert again == run, f"{run} came back as {again}"
+        assert again.key == replace(run, block=None).key, "the key depends on the block"
+
+
+def test_a_folder_of_another_sweep_is_refused_with_the_way_out(tmp_path):
+    from sweep_files import sweep_record
+
+    plan = plan_of(tmp_path)
+    _, writer = open_ledger(plan, tmp_path / "out")
+    writer.write(sweep_record(plan))
+    open_ledger(plan, tmp_path / "out")
+    changed = plan_of(tmp_path, TOY.replace("trials: 3", "trials: 4"))
+    with pytest.raises(SweepError, match="another `name`, or another folder with --out"):
+        open_ledger(changed, tmp_path / "out")
+
+
+def test_the_newest_checkpoint_of_a_run_is_found(tmp_path):
+    assert newest_checkpoint(str(tmp_path), "abc") is None
+    for name in ("abc-0/checkpoint_000000", "abc-0/checkpoint_000001", "abcd-0/checkpoint_000009"):
+        (tmp_path / "toy-search" / name).mkdir(parents=True)
+        (tmp_path / "toy-search" / name / "run.pt").write_text("")
+    import os
+
+    os.utime(tmp_path / "toy-search" / "abc-0" / "checkpoint_000000" / "run.pt", ns=(1, 1))
+    found = newest_checkpoint(str(tmp_path), "abc")
+    assert found is not None
+    assert found.endswith("abc-0/checkpoint_000001/run.pt"), f"found {found}"

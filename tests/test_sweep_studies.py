@@ -1,0 +1,187 @@
+"""The searches: equal budgets, what samplers are told, and continuing after a stop."""
+
+import math
+from collections import Counter
+
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+from sweep_files import TOY, ended, plan_of
+
+from sweeps.ledger import Ledger
+from sweeps.searcher import ArmSearcher, ListSearcher
+from sweeps.studies import ArmStudy
+
+SAMPLERS = ["tpe", "random", "qmc", "grid"]
+
+
+def make_trial(run, attempt):
+    return {"run": run.to_dict(), "attempt": attempt}
+
+
+def studies_of(plan, sampler="tpe", trials=3):
+    return [ArmStudy(arm, sampler, trials, 0, plan.search_run) for arm in plan.arms]
+
+
+def drive(searcher, result, stop_after=None):
+    """Play Tune, one trial at a time; returns the suggested configs in order."""
+    configs = []
+    while stop_after is None or len(configs) < stop_after:
+        config = searcher.suggest(f"t{len(configs)}")
+        if config == Searcher.FINISHED:
+            break
+        assert config is not None, "nothing is running, yet the searcher waits"
+        configs.append(config)
+        outcome = result(config)
+        if outcome is None:
+            searcher.on_trial_complete(f"t{len(configs) - 1}", error=True)
+        else:
+            searcher.on_trial_complete(f"t{len(configs) - 1}", result=outcome)
+    return configs
+
+
+def finished(config):
+    return {"end/status": "finished", "val_accuracy": config["run"]["recipe"]["lr"]}
+
+
+def keys(configs):
+    return [(c["run"]["arm"], c["run"]["recipe"]["lr"], c["run"]["method"].get("drop_rate")) for c in configs]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_arm_gets_the_same_number_of_trials_in_turn(tmp_path, sampler):
+    plan = plan_of(tmp_path)
+    trials = 4
+    searcher = ArmSearcher(studies_of(plan, sampler, trials), Ledger(), make_trial, retries=0)
+    arms = [config["run"]["arm"] for config in drive(searcher, finished)]
+    assert Counter(arms) == {"bp": trials, "ldb": trials}, f"budgets are {Counter(arms)}"
+    assert arms[:4] == ["bp", "ldb", "bp", "ldb"], f"order is {arms}"
+    assert searcher.exhausted, "the search ended without saying so"
+
+
+def test_an_arm_that_searches_nothing_runs_once(tmp_path):
+    plan = plan_of(tmp_path, TOY.replace("lr: {log_uniform: [0.01, 0.5]}", "lr: 0.1"))
+    searcher = ArmSearcher(studies_of(plan), Ledger(), make_trial, retries=0)
+    arms = Counter(config["run"]["arm"] for config in drive(searcher, finished))
+    assert arms == {"bp": 1, "ldb": 3}, f"budgets are {arms}"
+
+
+@pytest.mark.parametrize(
+    ("result", "state"),
+    [
+        ({"end/status": "finished", "val_accuracy": 0.5}, TrialState.COMPLETE),
+        ({"end/status": "diverged", "val_accuracy": None}, TrialState.FAIL),
+        ({"end/status": "finished", "val_accuracy": math.nan}, TrialState.FAIL),
+        ({"end/status": "finished", "val_accuracy": math.inf}, TrialState.FAIL),
+        ({"end/status": "finished", "val_accuracy": None}, TrialState.FAIL),
+        ({"end/status": "stopped", "val_accuracy": 0.99}, TrialState.PRUNED),
+        ({"val_accuracy": 0.99}, TrialState.PRUNED),
+        (None, TrialState.FAIL),
+    ],
+    ids=["finished", "diverged", "nan", "inf", "never evaluated", "stopped", "cut short", "failed"],
+)
+def test_only_a_full_finite_trial_is_told_complete_and_none_stays_running(tmp_path, result, state):
+    plan = plan_of(tmp_path)
+    studies = studies_of(plan)
+    searcher = ArmSearcher(studies, Ledger(), make_trial, retries=1)
+    drive(searcher, lambda config: result)
+    for study in studies:
+        assert set(study.states()) == {state}, f"{study.arm.name} was told {study.states()}"
+        assert len(study.states()) == 3, f"{study.arm.name} used {len(study.states())} of 3 trials"
+
+
+def test_the_sampler_learns_from_what_it_is_told(tmp_path):
+    plan = plan_of(tmp_path)
+    low, high = (
+        drive(
+            ArmSearcher(studies_of(plan, "tpe", 30), Ledger(), make_trial, retries=0),
+            lambda c, sign=sign: {"end/status": "finished", "val_accuracy": sign * c["run"]["recipe"]["lr"]},
+        )
+        for sign in (-1, 1)
+    )
+    means = [sum(math.log(c["run"]["recipe"]["lr"]) for c in run[40:]) / len(run[40:]) for run in (low, high)]
+    assert means[0] < means[1] - 1, f"mean log lr is {means[0]} when low is good, {means[1]} when high is good"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_continues_where_it_stopped_and_repeats_nothing(tmp_path, sampler):
+    plan = plan_of(tmp_path)
+    first = drive(ArmSearcher(studies_of(plan, sampler, 4), Ledger(), make_trial, 0), finished, stop_after=3)
+    ledger = Ledger()
+    from fastbp.run import RunConfig
+
+    for config in first:
+        ledger.add(ended(RunConfig.from_dict(config["run"]), val=config["run"]["recipe"]["lr"]))
+    rest = drive(ArmSearcher(studies_of(plan, sampler, 4), ledger, make_trial, 0), finished)
+    assert not set(keys(first)) & set(keys(rest)), f"repeated: {set(keys(first)) & set(keys(rest))}"
+    assert Counter(k[0] for k in keys(first + rest)) == {"bp": 4, "ldb": 4}, f"in all: {keys(first + rest)}"
+    if sampler != "tpe":
+        whole = drive(ArmSearcher(studies_of(plan, sampler, 4), Ledger(), make_trial, 0), finished)
+        assert sorted(keys(first + rest)) == sorted(keys(whole)), "stopping changed the search"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("status", ["running", "failed"])
+def test_interrupted_and_failed_trials_run_again_with_the_same_setting(tmp_path, sampler, status):
+    plan = plan_of(tmp_path)
+    from fastbp.run import RunConfig
+
+    first = drive(ArmSearcher(studies_of(plan, sampler), Ledger(), make_trial, 0), finished, stop_after=2)
+    ledger = Ledger.of(ended(RunConfig.from_dict(c["run"]), status=status, val=None) for c in first)
+    again = drive(ArmSearcher(studies_of(plan, sampler), ledger, make_trial, 0), finished)
+    attempts = {key: c["attempt"] for key, c in zip(keys(again), again, strict=True)}
+    assert [attempts.get(key) for key in keys(first)] == [1, 1], f"{keys(first)} against {attempts}"
+    assert Counter(k[0] for k in keys(again)) == {"bp": 3, "ldb": 3}, f"budget is {keys(again)}"
+
+
+def test_a_setting_that_is_proposed_twice_is_trained_once(tmp_path):
+    plan = plan_of(tmp_path, TOY.replace("lr: {log_uniform: [0.01, 0.5]}", "lr: {choice: [0.1, 0.2]}"))
+    studies = [ArmStudy(plan.arms[0], "random", 8, 0, plan.search_run)]
+    ledger = Ledger()
+    searcher = ArmSearcher(studies, ledger, make_trial, retries=0)
+
+    def remember(config):
+        from fastbp.run import RunConfig
+
+        ledger.add(ended(RunConfig.from_dict(config["run"]), val=0.5))
+        return finished(config)
+
+    trained = drive(searcher, remember)
+    assert len(trained) == 2, f"two settings were trained {len(trained)} times"
+    assert studies[0].states() == [TrialState.COMPLETE] * 8, f"told {studies[0].states()}"
+
+
+def test_a_setting_proposed_while_it_trains_waits_for_that_result(tmp_path):
+    plan = plan_of(tmp_path, TOY.replace("lr: {log_uniform: [0.01, 0.5]}", "lr: {choice: [0.1]}"))
+    study = ArmStudy(plan.arms[0], "random", 3, 0, plan.search_run)
+    searcher = ArmSearcher([study], Ledger(), make_trial, retries=0)
+    assert isinstance(searcher.suggest("a"), dict)
+    assert searcher.suggest("b") is None, "the same setting was started twice"
+    searcher.on_trial_complete("a", result={"end/status": "finished", "val_accuracy": 0.5})
+    assert searcher.suggest("b") == Searcher.FINISHED
+    assert study.states() == [TrialState.COMPLETE] * 3, f"told {study.states()}"
+
+
+def test_grid_covers_the_ends_and_stays_within_the_budget(tmp_path):
+    plan = plan_of(tmp_path)
+    configs = drive(ArmSearcher(studies_of(plan, "grid", 9), Ledger(), make_trial, 0), finished)
+    lrs = sorted(c["run"]["recipe"]["lr"] for c in configs if c["run"]["arm"] == "bp")
+    assert len(lrs) == 9, f"{len(lrs)} points of one field in a budget of 9"
+    assert (lrs[0], lrs[-1]) == (0.01, 0.5), f"ends are {lrs[0]}, {lrs[-1]}"
+    both = {(c["run"]["recipe"]["lr"], c["run"]["method"]["drop_rate"]) for c in configs if c["run"]["arm"] == "ldb"}
+    assert len(both) == 9, f"a 3 x 3 grid has {len(both)} points"
+
+
+def test_a_list_keeps_its_order_skips_what_is_done_and_retries_at_the_end(tmp_path):
+    plan = plan_of(tmp_path)
+    runs = [plan.search_run(plan.arms[0], {"recipe.lr": lr}) for lr in (0.1, 0.2, 0.3, 0.4)]
+    ledger = Ledger.of([ended(runs[1]), ended(runs[3], status="failed", val=None)])
+    fails = Counter()
+
+    def result(config):
+        fails[config["run"]["recipe"]["lr"]] += 1
+        return None if config["run"]["recipe"]["lr"] == 0.1 else finished(config)
+
+    configs = drive(ListSearcher(runs, ledger, make_trial, retries=1), result)
+    seen = [(c["run"]["recipe"]["lr"], c["attempt"]) for c in configs]
+    assert seen == [(0.1, 0), (0.3, 0), (0.4, 1), (0.1, 1)], f"order and attempts are {seen}"

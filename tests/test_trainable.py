@@ -1,0 +1,121 @@
+"""MethodTrainable: Tune's own save-and-restore check, exact resuming, and whose seconds are whose."""
+
+import dataclasses
+import time
+
+import pytest
+import torch
+from ray.tune.utils.util import validate_save_restore
+
+from fastbp import DDG, Backprop, LayerDropBack
+from fastbp.record import EpochRecord, RunRecord
+from fastbp.run import Recipe, RunConfig, Task
+from sweeps.cluster import ray_session
+from trainables.method_trainable import MethodTrainable
+
+TASK = Task(model="mlp", model_args={"depth": 4, "width": 8}, data_args={"limit": 128})
+
+
+def config_of(method=None, epochs=6, **more):
+    run = RunConfig(task=TASK, recipe=Recipe(epochs=epochs), method=method or Backprop())
+    return {"run": run.to_dict(), "exclusive": False, "threads": 1, "device": "cpu", "attempt": 0, **more}
+
+
+@pytest.fixture
+def trainable(tmp_path, monkeypatch):
+    """A Trainable in this process; Ray is asked for its address only."""
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH", str(tmp_path / "ray"))
+    made = []
+
+    def make(config):
+        made.append(MethodTrainable(config))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+def numbers(results):
+    """What a run's results say, without times."""
+    out = []
+    for result in results:
+        record = result["record"]
+        out.append({k: v for k, v in record.items() if not k.endswith("_seconds")})
+    return out
+
+
+def test_tune_finds_that_it_saves_and_restores(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with ray_session():
+        assert validate_save_restore(MethodTrainable, config=config_of(LayerDropBack(every_epochs=2)))
+
+
+def test_results_carry_records_that_can_be_written(trainable):
+    one = trainable(config_of(epochs=2, exclusive=True, attempt=3))
+    first, last = one.step(), one.step()
+    assert ("start" in first, "end" in first, first["done"]) == (True, False, False), f"first is {sorted(first)}"
+    assert ("start" in last, "end" in last, last["done"]) == (False, True, True), f"last is {sorted(last)}"
+    start, end, epoch = RunRecord(**first["start"]), RunRecord(**last["end"]), EpochRecord(**last["record"])
+    assert (start.status, end.status) == ("running", "finished"), f"{start.status}, {end.status}"
+    assert (end.attempt, end.exclusive, end.device["threads"]) == (3, True, 1), f"end is {end}"
+    assert end.train_seconds == epoch.train_seconds == last["train_seconds"], "three values of one time"
+    assert end.val_accuracy == last["val_accuracy"], "the objective is not the record's accuracy"
+
+
+@pytest.mark.parametrize("method", [LayerDropBack(every_epochs=2), DDG(modules=2)], ids=["ldb", "ddg in flight"])
+def test_resuming_changes_no_number(trainable, tmp_path, method):
+    whole = trainable(config_of(method))
+    expected = [whole.step() for _ in range(6)]
+    first = trainable(config_of(method))
+    results = [first.step() for _ in range(3)]
+    first.save_checkpoint(str(tmp_path))
+    second = trainable(config_of(method, checkpoint=str(tmp_path / "run.pt")))
+    results += [second.step() for _ in range(3)]
+    assert numbers(results) == numbers(expected), "a resumed run has other numbers"
+    assert results[-1]["end"]["resumed"] is True, "a resumed run does not say so"
+    for name, value in whole.run.estimator.model.state_dict().items():
+        assert torch.equal(value, second.run.estimator.model.state_dict()[name]), f"{name} differs after resuming"
+
+
+def test_waiting_between_steps_is_report_blocked_and_not_training(trainable, tmp_path):
+    one = trainable(config_of(epochs=3))
+    before = one.step()["record"]
+    time.sleep(0.3)
+    trained = one.run.clock.seconds.train_seconds
+    assert trained == before["train_seconds"], f"training went from {before['train_seconds']} to {trained} s asleep"
+    after = one.step()["record"]
+    assert 0.3 <= after["report_blocked_seconds"] < 0.3 + 0.2, f"blocked {after['report_blocked_seconds']} s"
+
+
+def test_a_checkpoint_has_a_segment_of_its_own(trainable, tmp_path, monkeypatch):
+    one = trainable(config_of(epochs=3))
+    one.step()
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda *a, **k: (time.sleep(0.3), real(*a, **k)))
+    one.save_checkpoint(str(tmp_path))
+    record = one.step()["record"]
+    assert record["checkpoint_seconds"] >= 0.3, f"checkpoint took {record['checkpoint_seconds']} s"
+    assert record["report_blocked_seconds"] < 0.2, f"it was counted as blocked too: {record['report_blocked_seconds']}"
+
+
+def test_an_actor_is_used_again_as_if_it_were_new(trainable):
+    used = trainable(config_of(LayerDropBack()))
+    used.step()
+    assert used.reset_config(config_of(DDG(modules=2), epochs=2)) is True
+    fresh = trainable(config_of(DDG(modules=2), epochs=2))
+    results = [[one.step(), one.step()] for one in (used, fresh)]
+    assert numbers(results[0]) == numbers(results[1]), "the earlier run left a trace"
+    assert "start" in results[0][0], "a reused actor sends no start record"
+
+
+def test_a_diverging_run_ends_as_diverged(trainable):
+    recipe = Recipe(epochs=5, lr=1e30, momentum=0.0, nesterov=False)
+    config = config_of() | {"run": dataclasses.replace(RunConfig(task=TASK), recipe=recipe).to_dict()}
+    one = trainable(config)
+    results = [one.step()]
+    while not results[-1]["done"]:
+        results.append(one.step())
+    assert results[-1]["end"]["status"] == "diverged", f"end is {results[-1]['end']['status']}"
+    assert results[-1]["end"]["reason"], "diverged without a reason"
