@@ -29,7 +29,6 @@ def interleaved(
         candidates: name to a function without arguments; each is called once untimed first.
         rounds: timed calls of each.
         device: waited for at both ends.
-
     """
     synchronize = Clock(device).synchronize
     for run in candidates.values():

@@ -34,7 +34,6 @@ class ShortcutAdd(nn.Module):
     Args:
         shortcut: takes the block's input to the shape of the branch's output.
         relu: whether the block ends in a ReLU (post-activation nets).
-
     """
 
     def __init__(self, shortcut: nn.Module, relu: bool) -> None:
@@ -69,7 +68,6 @@ class Residual(nn.Module):
     Raises:
         TypeError: one of them is not a module.
         ValueError: at the forward, input and branch output differ in shape (they are never broadcast).
-
     """
 
     def __init__(self, branch: nn.Module, merge: nn.Module | None = None) -> None:
@@ -96,7 +94,6 @@ class Chain(nn.Module):
     Raises:
         TypeError: stem or head is not a module, or a block is not a `Residual`.
         ValueError: there is no block.
-
     """
 
     def __init__(self, stem: nn.Module, blocks: nn.ModuleList | Sequence[nn.Module], head: nn.Module) -> None:

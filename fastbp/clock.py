@@ -28,7 +28,6 @@ class Clock:
 
     Attributes:
         seconds: the totals, cumulative; part of a run's state.
-
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class Clock:
         Raises:
             ValueError: unknown segment.
             RuntimeError: another segment is open: its time would be counted twice.
-
         """
         if self._open is not None:
             raise RuntimeError(f"clock segment {name!r} opened inside {self._open!r}")
@@ -69,7 +67,6 @@ class Clock:
 
         Raises:
             ValueError: unknown segment, or a negative time.
-
         """
         if name not in SEGMENTS:
             raise ValueError(f"unknown clock segment {name!r}; one of {', '.join(SEGMENTS)}")

@@ -36,7 +36,6 @@ class Dataset:
         input_shape: of one example, (C, H, W) or (T,).
         mean, std: per channel, of the training images, in units of the stored values; empty for text.
         dtype: of the images in a batch.
-
     """
 
     name: str
@@ -84,7 +83,6 @@ class Dataset:
 
         Raises:
             ValueError: batch_size or augment is not one of these.
-
         """
         bounds = _bounds(len(self.train), batch_size)
         if augment not in AUGMENTATIONS:
@@ -166,7 +164,6 @@ def load_dataset(spec: str, *, device: torch.device | str, dtype: torch.dtype = 
         ValueError: unknown data set or argument (the message has the nearest name), or an impossible value.
         ImportError: the source needs a library that is not installed.
         OSError: a download failed.
-
     """
     name, _, path = spec.partition(":")
     if name not in SOURCES:

@@ -26,7 +26,6 @@ def step_flops(estimator: GradientEstimator, x: Tensor, y: Tensor) -> float | No
         estimator: bound to a copy that may be thrown away, after `start_epoch` and a few steps.
         x: inputs of one full batch.
         y: its labels.
-
     """
     if any(isinstance(module, nn.RNNBase) for module in estimator.model.modules()):
         return None  # recurrent kernels are opaque to the dispatcher

@@ -50,7 +50,6 @@ def load_folder(path: str, size: int | list[int] | None) -> tuple[dict[str, Spli
     Raises:
         ValueError: no such folder, no images in it, an unreadable image, or a colour image among grey ones.
         ImportError: the images have to be decoded and Pillow is not installed.
-
     """
     root = Path(path).expanduser().resolve()
     height_width = _height_width(size)

@@ -80,7 +80,6 @@ def set_knobs(value: T, settings: dict[str, Any]) -> T:
 
     Raises:
         ValueError: a name is not a field; the message has the nearest valid name.
-
     """
     own, nested = {}, {}
     names = [f.name for f in fields(value)]  # type: ignore[arg-type]
@@ -103,7 +102,6 @@ def coerce_fields(value: Any) -> None:
     Raises:
         TypeError: a field has the wrong type; the message names the class, the field and the value.
         ValueError: a number is not finite.
-
     """
     for name, hint in get_type_hints(type(value)).items():
         got = getattr(value, name)
@@ -127,7 +125,6 @@ def require(value: Any, name: str, ok: bool, rule: str) -> None:
 
     Raises:
         ValueError: `ok` is false; the message names class, field, value and rule.
-
     """
     if not ok:
         raise ValueError(f"{type(value).__name__}.{name} = {getattr(value, name)!r}: {rule}")

@@ -29,14 +29,16 @@ class EpochPlan:
     Attributes:
         lr_scale: factor on the recipe's learning rate, all parameter groups alike.
         batch_scale: factor on the recipe's batch size.
-
+        kind: names epochs whose steps do other work than usual, so that each kind is warmed up and counted by itself.
     """
 
     lr_scale: float = 1.0
     batch_scale: float = 1.0
+    kind: str = ""
 
     def __mul__(self, other: EpochPlan) -> EpochPlan:
-        return EpochPlan(self.lr_scale * other.lr_scale, self.batch_scale * other.batch_scale)
+        kind = "+".join(part for part in (self.kind, other.kind) if part)
+        return EpochPlan(self.lr_scale * other.lr_scale, self.batch_scale * other.batch_scale, kind)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,6 @@ class Method(ABC):
         Raises:
             TypeError: the method cannot see into this model or does not combine with its inner method.
             ValueError: a setting is impossible for this model. In both cases the model is untouched.
-
         """
 
     @abstractmethod
@@ -96,7 +97,6 @@ class Method(ABC):
 
         Raises:
             TypeError: the dictionary describes another class than the one `from_dict` was called on.
-
         """
         method = method_from_dict(data)
         if not isinstance(method, cls):
@@ -109,7 +109,6 @@ class GradientEstimator(ABC):
 
     Attributes:
         model: the user's object; what to optimise, evaluate and save.
-
     """
 
     model: nn.Module
@@ -203,7 +202,6 @@ def nest(methods: Iterable[Method]) -> Method:
 
     Raises:
         TypeError: a leaf stands before another method.
-
     """
     from fastbp.methods.backprop import Backprop
 
@@ -232,7 +230,6 @@ def method_from_dict(data: dict[str, Any]) -> Method:
 
     Raises:
         ValueError: unknown name or field, or a value that the method refuses; the message has the nearest valid name.
-
     """
     data = dict(data)
     kind = method_class(data.pop("method", None))
@@ -251,7 +248,6 @@ def method_class(name: Any) -> type[Method]:
 
     Raises:
         ValueError: there is no such method; the message has the nearest valid name.
-
     """
     known = _methods()
     if not isinstance(name, str):

@@ -31,7 +31,6 @@ def resnet_tiny(input_shape: tuple[int, ...], classes: int, *, blocks: int = 4, 
         width: channels throughout.
 
     Reference: He, Zhang, Ren, Sun, Identity Mappings in Deep Residual Networks (2016), arXiv:1603.05027.
-
     """
     channels, _, _ = _image(input_shape, "resnet_tiny")
     _positive(classes=classes, blocks=blocks, width=width)
@@ -69,7 +68,6 @@ def mlp(input_shape: tuple[int, ...], classes: int, *, depth: int = 4, width: in
         classes: number of logits.
         depth: residual blocks, each LayerNorm-Linear-ReLU-Linear.
         width: features throughout.
-
     """
     _positive(classes=classes, depth=depth, width=width)
     features = 1
@@ -108,7 +106,6 @@ def vit_tiny(
     The head averages the tokens instead of reading a class token (the paper's appendix D.3 finds them equal).
 
     Reference: Dosovitskiy et al., An Image is Worth 16x16 Words (2021), arXiv:2010.11929.
-
     """
     channels, height, width = _image(input_shape, "vit_tiny")
     patch = patch if patch is not None else 2 if height < 16 else 4
@@ -141,7 +138,6 @@ def gpt_tiny(
     embedding are not tied.
 
     Reference: Radford et al., Language Models are Unsupervised Multitask Learners (2019).
-
     """
     _check(len(input_shape) == 1, f"gpt_tiny: input_shape must be (tokens,), got {input_shape}")
     _positive(tokens=input_shape[0], classes=classes, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
@@ -187,7 +183,6 @@ def make_model(
         ValueError: unknown name or argument, or an impossible value; the message has the nearest valid name.
         ImportError: timm or torchvision is needed and not installed.
         TypeError: the user's function returned something else than a module.
-
     """
     make = _maker(name, tuple(input_shape), classes, dict(args or {}))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):

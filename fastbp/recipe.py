@@ -40,7 +40,6 @@ class Recipe:
         eval_every_epochs: validation cadence; the last epoch is always evaluated.
         eval_batch_size: examples per evaluation batch.
         precision: `float32`, `float64`, or `bfloat16` (float32 weights under autocast).
-
     """
 
     epochs: int = 10
@@ -85,7 +84,6 @@ class Recipe:
 
         Raises:
             ValueError: unknown field; the message has the nearest valid one.
-
         """
         names = [f.name for f in fields(cls)]
         for key in data:

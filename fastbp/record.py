@@ -141,7 +141,6 @@ def from_dict(data: dict[str, Any]) -> Record:
 
     Raises:
         ValueError: unknown kind, newer schema, or an unknown column.
-
     """
     kind = KINDS.get(data.get("kind", ""))
     if kind is None:
@@ -176,7 +175,6 @@ def read_records(path: Path) -> Iterator[Record]:
 
     Raises:
         ValueError: a line before the last is not a record; the message has file and line number.
-
     """
     with Path(path).open(encoding="utf-8", errors="replace") as file:
         lines = file.read().split("\n")

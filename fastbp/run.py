@@ -29,13 +29,13 @@ from fastbp.energy import energy_reader
 from fastbp.environment import device_fingerprint, git_state, software_fingerprint
 from fastbp.flops import step_flops
 from fastbp.knobs import coerce_fields, nearest
-from fastbp.method import GradientEstimator, Method, method_from_dict
+from fastbp.method import EpochPlan, GradientEstimator, Method, method_from_dict
 from fastbp.methods import Backprop
 from fastbp.nets import make_model
 from fastbp.recipe import Recipe
 from fastbp.record import EpochRecord, Phase, Role, RunRecord, Status, config_key
 
-_WARMUP_STEPS = 3  # per distinct batch size, on a copy
+_WARMUP_STEPS = 3  # per kind of epoch, on a copy
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Task:
         data: see `fastbp.data.load_dataset`.
         model: see `fastbp.nets.make_model`.
         data_args, model_args: their keyword arguments.
-
     """
 
     data: str = "digits"
@@ -77,7 +76,6 @@ class RunConfig:
         task, recipe, method, seed: what is trained. The seed gives initial weights, data order, augmentation, dropout.
         sweep, phase, arm, role: which sweep it belongs to, and as what; see `fastbp.record.RunRecord`.
         block: the randomised block it is timed in; not part of the key.
-
     """
 
     task: Task = field(default_factory=Task)
@@ -123,7 +121,6 @@ class Run:
 
     Raises:
         TypeError, ValueError: a setting is impossible, or the method cannot see into the model.
-
     """
 
     def __init__(
@@ -152,7 +149,7 @@ class Run:
         self.resumed = self.warm = False
         self.last = EpochRecord(run_key=config.key, attempt=attempt)
         self.best_val_accuracy: float | None = None
-        self.flops: dict[int, float | None] = {}  # per example, by batch size
+        self.flops: dict[str, float | None] = {}  # per example, by kind of epoch
         self.started_at = _now()
 
     def _setup(self, data: Dataset | None) -> None:
@@ -178,7 +175,6 @@ class Run:
 
         Raises:
             RuntimeError: the run is done.
-
         """
         if self.done:
             raise RuntimeError(f"run {self.config.key} is {self.status} after {self.epoch} epochs; make a new one")
@@ -198,7 +194,7 @@ class Run:
             lr=lr,
             train_loss=loss,
             peak_memory_bytes=self._peak_memory(),
-            flops_executed=self._add_flops(batch_size),
+            flops_executed=self._add_flops(_kind(batch_size, plan)),
             energy_joules=self.last.energy_joules,
             metrics={name: value for name, value in self.estimator.metrics().items() if math.isfinite(value)},
         )
@@ -242,7 +238,7 @@ class Run:
         return total.item() / len(self.data.train), first_lr
 
     def warm_up(self) -> None:
-        """Run every batch size that the method's plans ask for on a copy of the model, and count FLOPs there.
+        """Run every kind of step that the method's plans ask for on a copy of the model, and count its FLOPs.
 
         The run's own weights, buffers and random numbers are not touched.
         """
@@ -250,8 +246,10 @@ class Run:
             estimator = self.method.bind(self.pristine, self.loss_fn)
             optimizer = self.recipe.make_optimizer(estimator.model.parameters())
             for epoch in range(self.recipe.epochs):
-                batch_size = _batch_size(self.recipe, estimator.start_epoch(epoch).batch_scale)
-                if batch_size in self.flops:
+                plan = estimator.start_epoch(epoch)
+                batch_size = _batch_size(self.recipe, plan.batch_scale)
+                kind = _kind(batch_size, plan)
+                if kind in self.flops:
                     continue
                 x, y = self.data.dummy_batch(min(batch_size, len(self.data.train)))
                 with self._precision():
@@ -260,7 +258,7 @@ class Run:
                         estimator.backward(x, y)
                         optimizer.step()
                     flops = step_flops(estimator, x, y)
-                self.flops[batch_size] = None if flops is None else flops / len(y)
+                self.flops[kind] = None if flops is None else flops / len(y)
         self.warm = True
         del self.pristine
         if self.device.type == "cuda":
@@ -285,7 +283,6 @@ class Run:
         Args:
             status: what became of it; default `finished`, or `diverged` where it did.
             reason: one sentence for everything but `finished`.
-
         """
         if status is not None:
             self.status, self.reason = status, reason
@@ -339,7 +336,6 @@ class Run:
 
         Raises:
             ValueError: the state belongs to another configuration.
-
         """
         if state["run_key"] != self.config.key:
             raise ValueError(
@@ -366,8 +362,8 @@ class Run:
             return None
         return max(torch.cuda.max_memory_allocated(self.device), self.last.peak_memory_bytes or 0)
 
-    def _add_flops(self, batch_size: int) -> float | None:
-        per_example = self.flops.get(batch_size)
+    def _add_flops(self, kind: str) -> float | None:
+        per_example = self.flops.get(kind)
         if per_example is None or (self.epoch > 1 and self.last.flops_executed is None):
             return None
         return (self.last.flops_executed or 0.0) + per_example * len(self.data.train)
@@ -405,7 +401,6 @@ def check_bind(config: RunConfig) -> Method | None:
 
     Raises:
         TypeError, ValueError, ImportError, OSError: what a `Run` of this configuration would raise.
-
     """
     task = config.task
     data = load_dataset(task.data, device="cpu", dtype=config.recipe.dtype, **task.data_args)
@@ -418,6 +413,10 @@ def check_bind(config: RunConfig) -> Method | None:
 
 def _batch_size(recipe: Recipe, scale: float) -> int:
     return max(2, math.floor(recipe.batch_size * scale))
+
+
+def _kind(batch_size: int, plan: EpochPlan) -> str:
+    return f"{batch_size} {plan.kind}".strip()
 
 
 @contextmanager

@@ -33,7 +33,6 @@ class Split:
     Attributes:
         x: images uint8 (N, C, H, W), or tokens int64 (N, T).
         y: labels int64 (N,), or the next tokens int64 (N, T).
-
     """
 
     x: Tensor
@@ -56,7 +55,6 @@ class Splits:
 
     Attributes:
         classes: number of classes, or the size of the vocabulary.
-
     """
 
     train: Split
@@ -84,7 +82,6 @@ def _cifar(name: str, classes: int) -> Splits:
     Raises:
         ImportError: torchvision is not installed.
         OSError: the data are neither on disk nor to be had from the network.
-
     """
     try:
         from torchvision import datasets
@@ -114,7 +111,6 @@ def synthetic(
         shape: (C, H, W) of one image.
         classes: number of classes, equally frequent.
         seed: of prototypes and noise, not the run's seed.
-
     """
     shape = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
     if len(shape) != 3:
@@ -142,7 +138,6 @@ def text(path: str, *, length: int = 64) -> Splits:
 
     Raises:
         ValueError: no such file, not UTF-8, or too short for one window in every split.
-
     """
     whole("text", "length", length, 1)
     file = Path(path).expanduser()
@@ -193,7 +188,6 @@ def carve(images: Split, *, classes: int, val: int, test: int = 0, given_test: S
 
     Raises:
         ValueError: a split would be empty, or training would have fewer than two images.
-
     """
     order = stratified_order(images.y)
     tests, vals, trains = order[:test], order[test : test + val], order[test + val :]

@@ -77,7 +77,6 @@ def check_method(
 
     Raises:
         AssertionError: a property does not hold; the message says which and what was found.
-
     """
     suite = _Suite(method, recipe, make_model, batch)
     checks = [

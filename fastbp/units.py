@@ -34,7 +34,6 @@ def droppable_units(model: nn.Module, unit: str) -> list[Unit]:
 
     Raises:
         ValueError: nothing would be left to drop.
-
     """
     head = head_parameters(model)
     groups: dict[str, list[nn.Parameter]] = {}

@@ -46,7 +46,6 @@ def as_chain(model: nn.Module) -> Chain:
         TypeError: another class (subclasses included, as their forward may differ), or a variant that a view
             does not reproduce; the message says what to pass instead.
         ValueError: an empty `nn.Sequential`.
-
     """
     if _is(model, Chain):
         return model  # type: ignore[return-value]

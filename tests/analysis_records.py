@@ -1,4 +1,4 @@
-"""Hand-made records as plain dictionaries and JSON lines, with known truth, and reports of them; knows nothing of fastbp."""
+"""Hand-made records as plain JSON lines, with known truth, and reports of them; knows nothing of fastbp."""
 
 import csv
 import hashlib

@@ -47,7 +47,6 @@ class DDG(Method):
         drain: when the batches in flight are worked off, by K-1 steps without a new batch: `never` (the authors' code),
             after every `epoch`, or at the `end` of training.
         devices: reserved for one device per module; None runs all modules in place, with the same numbers.
-
     """
 
     modules: Annotated[int, IntRange(1, 4)] = 2
@@ -77,7 +76,6 @@ def split(model: nn.Module, modules: int) -> list[nn.Sequential]:
     Raises:
         TypeError: `as_chain` cannot see into the model, or a weight is shared across a cut.
         ValueError: more modules than blocks.
-
     """
     chain = as_chain(model)
     blocks = list(chain.blocks)
@@ -175,7 +173,6 @@ class _Module:
 
         Args:
             scratch: buffers to read instead of the module's own, which then stay untouched.
-
         """
         tensors = {} if self.mode == "now" else dict(entry.leaves)
         if scratch:

@@ -46,7 +46,6 @@ class DecorrelatedBP(Method):
         structure: `full`, one dense matrix per layer (per group of a grouped convolution).
         max_features: layers with a wider input stay plain.
         inner: the method that computes the gradient.
-
     """
 
     decor_lr: Annotated[float, LogUniform(1e-6, 1e-2)] = 1e-4
@@ -92,7 +91,6 @@ def decorrelated_layers(model: nn.Module, max_features: int) -> dict[str, nn.Lin
 
     Raises:
         TypeError: no layer is left.
-
     """
     uses: dict[int, int] = {}
     for module in model.modules():
@@ -140,7 +138,6 @@ class Decorrelation(nn.Module):
 
     Attributes:
         D: buffer R - I, shape (G, F, F) for G groups; float32, or float64 for a float64 weight.
-
     """
 
     D: Tensor
@@ -163,7 +160,6 @@ class Decorrelation(nn.Module):
             decor_lr: step size.
             kappa: weight of the variance term: M = (1-kappa) offdiag(K) + kappa (diag(K) - I), K = mean of z z^T,
                 z = R x.
-
         """
         self.D = self.D - decor_lr * update_direction(rows_GnF.to(self.D.dtype), self.D, kappa)  # graphs keep the old D
 
@@ -219,7 +215,6 @@ def input_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:
     Args:
         layer: Linear (G = 1) or Conv2d (G = groups).
         x: input of the layer: (..., F) for Linear, (N, C, H, W) or (C, H, W) for Conv2d.
-
     """
     if isinstance(layer, nn.Linear):
         return x.reshape(1, -1, x.shape[-1])

@@ -38,7 +38,6 @@ class HighwayBP(Method):
         gamma: share in [0, 1] of the merge's Jacobian that is moved into the branch; any value gives the same
             gradient at full iterations, 1 is fixed-point iteration without a highway. The paper: 0 for ResNets, 0.2
             for GPT-2, 0.8 for RoBERTa.
-
     """
 
     iterations: Annotated[int, IntRange(0, 8)] = 4
@@ -139,7 +138,6 @@ def highway_gradients(tapes: list[_Tape], g: Tensor, iterations: int, gamma: flo
 
     Returns:
         L + 1 tensors with the shapes of the states.
-
     """
     blocks = len(tapes)
     w: list[Tensor] = [g] * (blocks + 1)

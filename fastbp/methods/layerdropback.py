@@ -47,7 +47,6 @@ class LayerDropBack(Method):
         seed: of the masks; independent of every other random number.
         mask: False keeps the plan (epochs, learning rate, batch) and drops nothing: the control arm.
         inner: the method that computes the gradient of the kept layers.
-
     """
 
     drop_rate: Annotated[float, Uniform(0.1, 0.9)] = 0.5
@@ -109,7 +108,9 @@ class _LayerDropBack(WrappingEstimator):
         self.epoch, self.step, self.drawn_from = epoch, 0, -1
         self.dropping = self.method.is_dropping(epoch)
         plan = super().start_epoch(epoch)
-        return plan * EpochPlan(self.method.lr_scale, self.method.batch_scale) if self.dropping else plan
+        if not self.dropping:
+            return plan
+        return plan * EpochPlan(self.method.lr_scale, self.method.batch_scale, "dropping")
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
         if not (self.dropping and self.method.mask):
@@ -173,7 +174,6 @@ def dropped_mask(seed: int, epoch: int, steps: range, units: Tensor, drop_rate: 
 
     Returns:
         bool tensor, shape (len(steps), U), True with probability `drop_rate`, independent over all four arguments.
-
     """
     return _uniform(seed, epoch, steps, units) < drop_rate
 
