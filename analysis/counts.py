@@ -5,23 +5,26 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from analysis import labels
+from analysis.frames import cells, count, known, records, where
 from analysis.load import Results
 from analysis.measured import ROLE_ORDER
 from analysis.table import Column, Table
 
+CELL = ("sweep", "phase", "arm", "role")
 ENDS = ("finished", "stopped", "failed", "diverged")
 
 
 def summary_table(results: Results) -> Table:
     """Runs per sweep, phase, arm and role by how they ended, and how many of the planned ones are missing."""
-    found = {key: part for key, part in results.runs.groupby(["sweep", "phase", "arm", "role"], sort=True)}
+    found = {key: part for key, part in cells(results.runs, CELL)}
     planned = planned_cells(results)
     order = {(s["sweep"], arm): i for s in results.sweeps for i, arm in enumerate(s["arms"])}
 
-    def place(key: tuple[str, str, str, str]) -> tuple:
+    def place(key: tuple[Any, ...]) -> tuple[Any, ...]:
         sweep, phase, arm, role = key
         return sweep, phase != "search", order.get((sweep, arm), len(order)), arm, ROLE_ORDER[role]
 
@@ -29,23 +32,18 @@ def summary_table(results: Results) -> Table:
     rows = []
     for key in keys:
         part = found.get(key)
-        count = Counter() if part is None else Counter(part["status"])
+        ends = Counter() if part is None else Counter(part["status"])
         plan = planned.get(key)
         if plan is None and key[3] == "control" and part is not None:
             plan = _control_plan(results, part)
-        missing = None if plan is None else max(plan - sum(count[end] for end in ENDS) - count["running"], 0)
+        missing = None if plan is None else max(plan - ends.total(), 0)
         rows.append(
-            dict(zip(("sweep", "phase", "arm", "role"), key, strict=True))
-            | {
-                "planned": plan,
-                **{end: count[end] for end in ENDS},
-                "running": count["running"],
-                "missing": missing,
-            }
-            | {"reasons": "" if part is None else reasons(part)}
+            dict(zip(CELL, key, strict=True))
+            | {end: ends[end] for end in (*ENDS, "running")}
+            | {"planned": plan, "missing": missing, "reasons": "" if part is None else reasons(part)}
         )
     columns = (
-        *(Column(k, k) for k in ("sweep", "phase", "arm", "role")),
+        *(Column(k, k) for k in CELL),
         *(Column(k, k, "count") for k in ("planned", *ENDS)),
         Column("running", "unfinished", "count"),
         Column("missing", "missing", "count"),
@@ -54,22 +52,26 @@ def summary_table(results: Results) -> Table:
     return Table("summary", "What became of every run", _summary_caption(results), columns, rows)
 
 
-def planned_cells(results: Results) -> dict[tuple[str, str, str, str], int]:
+def planned_cells(results: Results) -> dict[tuple[Any, ...], int]:
     """(sweep, phase, arm, role) to planned runs; controls are planned only where the method has one."""
-    baselines = {(run.sweep, run.arm) for run in results.runs.itertuples() if run.role == "baseline"}
     settings = _settings_per_cell(results.runs)
-    found = results.runs.groupby(["sweep", "phase", "arm", "role"]).size().to_dict()
+    found = {key: len(part) for key, part in cells(results.runs, CELL)}
     out = {}
     for sweep in results.sweeps:
         for arm in sweep["arms"]:
-            role = "baseline" if (sweep["sweep"], arm) in baselines or arm == "bp" else "method"
-            key = (sweep["sweep"], "search", arm, role)
+            key = (sweep["sweep"], "search", arm, _role(sweep["sweep"], "search", arm, found))
             if sweep["search_trials"] and found.get(key) != 1:  # an arm that searches nothing gets one trial
                 out[key] = sweep["search_trials"]
+            key = (sweep["sweep"], "measure", arm, _role(sweep["sweep"], "measure", arm, found))
             if sweep["seeds"]:
-                key = (sweep["sweep"], "measure", arm, role)
                 out[key] = len(sweep["seeds"]) * settings.get(key, 1)
     return out
+
+
+def _role(sweep: str, phase: str, arm: str, found: dict[tuple[Any, ...], int]) -> str:
+    """Baseline or method, as the arm's runs of this phase say, or else those of another phase."""
+    same = [key for key in found if (key[0], key[2]) == (sweep, arm) and key[3] != "control"]
+    return min(same, key=lambda key: key[1] != phase)[3] if same else "method"
 
 
 def _control_plan(results: Results, part: pd.DataFrame) -> int | None:
@@ -82,9 +84,9 @@ def _control_plan(results: Results, part: pd.DataFrame) -> int | None:
 def _settings_per_cell(runs: pd.DataFrame) -> dict[Any, int]:
     """(sweep, phase, arm, role) to the number of different settings and tasks measured in it."""
     seen: dict[Any, set[str]] = {}
-    for run in runs.itertuples():
-        key = (run.sweep, run.phase, run.arm, run.role)
-        seen.setdefault(key, set()).add(labels.canonical([run.task, run.method, run.recipe]))
+    for run in records(runs):
+        key = tuple(run[column] for column in CELL)
+        seen.setdefault(key, set()).add(labels.canonical([run["task"], run["method"], run["recipe"]]))
     return {key: len(values) for key, values in seen.items()}
 
 
@@ -92,8 +94,8 @@ def _summary_caption(results: Results) -> str:
     caption = "Every run of the records, none dropped."
     for sweep in results.sweeps:
         if sweep["measure_cells"]:
-            runs = results.runs[(results.runs["sweep"] == sweep["sweep"]) & (results.runs["phase"] == "measure")]
-            done = int((runs["status"] == "finished").sum())
+            runs = where(results.runs, (results.runs["sweep"] == sweep["sweep"]) & (results.runs["phase"] == "measure"))
+            done = count(runs["status"] == "finished")
             name, planned = sweep["sweep"] or "the sweep", sweep["measure_cells"]
             caption += f" Of {name}, {done} of {planned} planned measured runs finished."
     if not results.sweeps:
@@ -103,9 +105,9 @@ def _summary_caption(results: Results) -> str:
 
 def reasons(runs: pd.DataFrame) -> str:
     """Why runs did not finish, most frequent first."""
-    ended = runs[runs["status"].isin(ENDS[1:])]
-    count = Counter(f"{run.status}: {run.reason or 'no reason given'}" for run in ended.itertuples())
-    ordered = sorted(count.items(), key=lambda item: (-item[1], item[0]))
+    ended = [run for run in records(runs) if run["status"] in ENDS[1:]]
+    said = Counter(f"{run['status']}: {run['reason'] or 'no reason given'}" for run in ended)
+    ordered = sorted(said.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{reason} ({n}×)" if n > 1 else reason for reason, n in ordered[:3]]
     more = sum(n for _, n in ordered[3:])
     return "; ".join(parts) + (f"; {more} more" if more else "")
@@ -113,14 +115,14 @@ def reasons(runs: pd.DataFrame) -> str:
 
 def search_table(results: Results) -> Table:
     """What the search tried per arm and what it found."""
-    runs = results.runs[results.runs["phase"] == "search"]
+    runs = where(results.runs, results.runs["phase"] == "search")
     order = {(s["sweep"], arm): i for s in results.sweeps for i, arm in enumerate(s["arms"])}
     rows = []
-    cells = sorted(runs.groupby(["sweep", "arm"]), key=lambda c: (c[0][0], order.get(c[0], len(order)), c[0]))
-    for (sweep, arm), part in cells:
+    arms = sorted(cells(runs, ["sweep", "arm"]), key=lambda c: (c[0][0], order.get(c[0], len(order)), c[0]))
+    for (sweep, arm), part in arms:
         values = [labels.settings(m, r) for m, r in zip(part["method"], part["recipe"], strict=True)]
-        scored = part[(part["status"] == "finished") & part["val_accuracy"].notna()]
-        best = None if scored.empty else scored.loc[scored["val_accuracy"].idxmax()]
+        scored = records(where(part, (part["status"] == "finished") & known(part["val_accuracy"])))
+        best = max(scored, key=lambda run: run["val_accuracy"], default=None)
         rows.append(
             {
                 "sweep": sweep,
@@ -128,9 +130,9 @@ def search_table(results: Results) -> Table:
                 "trials": len(part),
                 "best": None if best is None else best["val_accuracy"],
             }
-            | {end: int((part["status"] == end).sum()) for end in ENDS}
+            | {end: count(part["status"] == end) for end in ENDS}
             | {"setting": None if best is None else _best_setting(best, labels.varying(values))}
-            | {"seconds": float(part["train_seconds"].sum())}
+            | {"seconds": float(np.nansum(part["train_seconds"]))}
         )
     columns = (
         Column("sweep", "sweep"),
@@ -151,5 +153,5 @@ def search_table(results: Results) -> Table:
     return Table("search", "What the search found", caption, columns, rows)
 
 
-def _best_setting(run: pd.Series, show: list[str]) -> str:
+def _best_setting(run: dict[str, Any], show: list[str]) -> str:
     return labels.label(labels.family(run["method"]), labels.settings(run["method"], run["recipe"]), show)

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from analysis.frames import cells, known, where
 from analysis.labels import Style
 from analysis.measured import Arm, Group
 from analysis.tables import front
@@ -19,7 +20,7 @@ from analysis.tables import front
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_RC: dict[str, Any] = {
+_RC: Any = {
     "svg.hashsalt": "fastbp",
     "text.parse_math": False,
     "axes.spines.top": False,
@@ -130,8 +131,8 @@ def _legend(axes: Axes) -> None:
 
 def run_curves(arm: Arm, epochs: pd.DataFrame) -> list[pd.DataFrame]:
     """Evaluated epochs of each timed run of an arm."""
-    own = epochs[epochs["run_key"].isin(arm.timed["run_key"]) & epochs["val_accuracy"].notna()]
-    return [part for _, part in own.groupby("run_key", sort=True)]
+    own = where(epochs, epochs["run_key"].isin(arm.timed["run_key"]) & known(epochs["val_accuracy"]))
+    return [part for _, part in cells(own, ["run_key"])]
 
 
 def mean_curve(arm: Arm, epochs: pd.DataFrame) -> pd.DataFrame:
@@ -139,9 +140,8 @@ def mean_curve(arm: Arm, epochs: pd.DataFrame) -> pd.DataFrame:
     runs = run_curves(arm, epochs)
     if not runs:
         return pd.DataFrame({"epoch": [], "train_seconds": [], "val_accuracy": []})
-    grouped = pd.concat(runs).groupby("epoch")
-    means = grouped[["train_seconds", "val_accuracy"]].mean()
-    return means[grouped.size() == len(runs)].reset_index()
+    parts = [part for _, part in cells(pd.concat(runs), ["epoch"]) if len(part) == len(runs)]
+    return pd.DataFrame([part[["epoch", "train_seconds", "val_accuracy"]].mean() for part in parts])
 
 
 def _bars(value: float, low: float | None, high: float | None) -> np.ndarray:

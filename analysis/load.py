@@ -225,5 +225,7 @@ def _numbers(frame: pd.DataFrame, names: Iterable[str], where: Any, problems: li
         if name in columns.WHOLE:
             odd = np.flatnonzero(~(np.isfinite(array) & (array == np.floor(array))))
             if odd.size:
-                raise ReportError(f"{where(int(odd[0]))}: {name} is {_plain(array[odd[0]])}, expected a whole number")
+                raise ReportError(
+                    f"{where(int(odd[0]))}: {name} is {_plain(float(array[odd[0]]))}, expected a whole number"
+                )
         frame[name] = array.astype("int64") if name in columns.WHOLE else array

@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis import labels
 from analysis.errors import ReportError
+from analysis.frames import cells, count, known, where
 from analysis.load import Results
 from analysis.statistics import Estimate, generator, mean_estimate, median_estimate
 
@@ -106,7 +107,7 @@ def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Grou
         ReportError: measured runs of unlike hardware or software, and `allow_mixed` is false.
 
     """
-    runs = results.runs[results.runs["phase"] == "measure"].copy()
+    runs = where(results.runs, results.runs["phase"] == "measure").copy()
     if runs.empty:
         return []
     pairs = zip(runs["device"], runs["software"], strict=True)
@@ -120,26 +121,25 @@ def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Grou
     runs["task_key"] = [labels.canonical(task) for task in runs["task"]]
     tasks = {key: task for key, task in zip(runs["task_key"], runs["task"], strict=True)}
     short = [labels.task_label(task) for task in tasks.values()]
-    order = _arm_order(results)
     groups: list[Group] = []
-    for (key, stratum), part in runs.groupby(["task_key", "stratum"], sort=True):
-        task = tasks[str(key)]
+    for (key, stratum), part in cells(runs, ["task_key", "stratum"]):
+        task = tasks[key]
         title = labels.task_label(task, full=short.count(labels.task_label(task)) > 1)
         title += f" — {stratum}" if len(strata) > 1 else ""
-        groups.append(Group(title, str(stratum), f"group{len(groups) + 1}", _arms(part, order)))
+        groups.append(Group(title, stratum, f"group{len(groups) + 1}", _arms(part, results)))
     return groups
 
 
 def left_out(results: Results, groups: Iterable[Group]) -> dict[str, int]:
     """Measured runs that finished but are not drawn on a time axis, by reason."""
-    runs = results.runs[(results.runs["phase"] == "measure") & (results.runs["status"] == "finished")]
+    runs = where(results.runs, (results.runs["phase"] == "measure") & (results.runs["status"] == "finished"))
     usable = runs["exclusive"] & ~runs["resumed"]
-    timeless = int((usable & runs["train_seconds"].isna()).sum())
+    timeless = count(usable & ~known(runs["train_seconds"]))
     counts = {
-        "shared their device with other work": int((~runs["exclusive"]).sum()),
-        "were resumed from a checkpoint": int((runs["exclusive"] & runs["resumed"]).sum()),
+        "shared their device with other work": count(~runs["exclusive"]),
+        "were resumed from a checkpoint": count(runs["exclusive"] & runs["resumed"]),
         "have no training time": timeless,
-        "repeat a seed of the same arm": int(usable.sum()) - timeless - sum(a.n for g in groups for a in g.arms),
+        "repeat a seed of the same arm": count(usable) - timeless - sum(a.n for g in groups for a in g.arms),
     }
     return {reason: count for reason, count in counts.items() if count}
 
@@ -149,36 +149,46 @@ def _arm_order(results: Results) -> dict[tuple[str, str], int]:
     return {(s["sweep"], arm): i for s in results.sweeps for i, arm in enumerate(s["arms"])}
 
 
-def _arms(runs: pd.DataFrame, order: dict[tuple[str, str], int]) -> tuple[Arm, ...]:
+def _arms(runs: pd.DataFrame, results: Results) -> tuple[Arm, ...]:
     """Arms of one group in the order of the sweep files, the baseline first, controls behind their method."""
-    runs = runs.assign(
-        family=[labels.family(method) for method in runs["method"]],
-        values=[labels.settings(m, r) for m, r in zip(runs["method"], runs["recipe"], strict=True)],
-    )
-    runs["setting_key"] = [labels.canonical(v) for v in runs["values"]]
-    several_sweeps = runs["sweep"].nunique() > 1
-    cells = [(key, part) for key, part in runs.groupby(["sweep", "arm", "role", "setting_key"], sort=True)]
-    cells.sort(key=lambda cell: _place(cell[0], order))
-    count: dict[tuple[str, ...], int] = {}
-    for (sweep, arm, role, _), _part in cells:
-        count[sweep, arm, role] = count.get((sweep, arm, role), 0) + 1
-    arms = []
-    for (sweep, arm, role, _), part in cells:
-        first = part.iloc[0]
-        relatives = runs[runs["family"] == first["family"]]
-        show = [n for n in labels.varying(relatives["values"]) if not n.startswith("recipe.")]
-        show += [n for n in labels.varying(runs["values"]) if n.startswith("recipe.")]
-        setting = labels.label(str(first["family"]), first["values"], show)
-        name = f"{sweep}/{arm}" if several_sweeps else str(arm)
-        if count[sweep, arm, role] > 1:
-            own = [p.iloc[0]["values"] for k, p in cells if k[:3] == (sweep, arm, role)]
-            name = labels.label(name, first["values"], labels.varying(own))
+    order = _arm_order(results)
+    values = [labels.settings(m, r) for m, r in zip(runs["method"], runs["recipe"], strict=True)]
+    runs = runs.assign(setting_key=[labels.canonical(v) for v in values])
+    found = sorted(cells(runs, ["sweep", "arm", "role", "setting_key"]), key=lambda cell: _place(cell[0], order))
+    settings: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for key, part in found:
+        settings.setdefault(key[:3], []).append(labels.settings(part["method"].iloc[0], part["recipe"].iloc[0]))
+    several_sweeps = len({key[0] for key, _ in found}) > 1
+    knobs = _knobs(results, values)
+    arms, used = [], dict.fromkeys(settings, 0)
+    for key, part in found:
+        own = settings[key[:3]][used[key[:3]]]
+        used[key[:3]] += 1
+        sweep, arm, role = key[:3]
+        name = f"{sweep}/{arm}" if several_sweeps else arm
+        name = labels.label(name, own, labels.varying(settings[key[:3]]))
         name += " (control)" if role == "control" else ""
-        tried = part[part["exclusive"] & ~part["resumed"] & (part["status"] != "running")]
-        tried = tried.drop_duplicates("seed").set_index("seed")  # a repeated seed is no second sample
-        timed = tried[(tried["status"] == "finished") & tried["train_seconds"].notna()]
-        arms.append(Arm(name, sweep, arm, role, str(first["family"]), setting, first["values"], timed, tried))
+        family = labels.family(part["method"].iloc[0])
+        tried, timed = _usable(part)
+        arms.append(Arm(name, sweep, arm, role, family, labels.label(family, own, knobs[family]), own, timed, tried))
     return tuple(arms)
+
+
+def _knobs(results: Results, measured: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Family to what its label shows: fields that differ in any run of the family, and measured recipe fields."""
+    by_family: dict[str, list[dict[str, Any]]] = {}
+    for method in results.runs["method"]:
+        by_family.setdefault(labels.family(method), []).append(labels.settings(method, {}))
+    recipe = [name for name in labels.varying(measured) if name.startswith("recipe.")]
+    return {family: labels.varying(values) + recipe for family, values in by_family.items()}
+
+
+def _usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`tried` and `timed` of an arm; a seed that is repeated is no second sample."""
+    tried = where(runs, runs["exclusive"] & ~runs["resumed"] & (runs["status"] != "running"))
+    tried = tried.sort_values("status", key=lambda s: s != "finished", kind="stable")
+    tried = where(tried, ~tried["seed"].duplicated()).set_index("seed").sort_index()
+    return tried, where(tried, (tried["status"] == "finished") & known(tried["train_seconds"]))
 
 
 def _place(key: Any, order: dict[tuple[str, str], int]) -> tuple[Any, ...]:

@@ -153,7 +153,7 @@ def _labelled(marks: list[Mark], width: int) -> list[Mark]:
     taken = [(m.x - 7, m.y - 7, m.x + 7, m.y + 7) for m in marks]
     out = []
     for mark in marks:
-        size = 7.0 * len(mark.arm.name)
+        size = 8.5 * len(mark.arm.name) + 4
         places = [(12.0, -8.0, "start"), (-12.0, -8.0, "end"), (12.0, 16.0, "start"), (-12.0, 16.0, "end")]
         for dx, dy, anchor in places if mark.arm.role != "control" else []:
             left = mark.x + dx - (size if anchor == "end" else 0)

@@ -200,7 +200,7 @@ def target_table(group: Group, results: Results) -> Table:
 def _target_times(arm: Arm, curves: dict, target: float) -> dict[int, float]:
     """Seed to seconds, infinite where the target was not reached."""
     out = {}
-    for seed, run_key in arm.tried["run_key"].items():
+    for seed, run_key in zip(arm.tried.index, arm.tried["run_key"], strict=True):
         curve = curves.get(run_key)
         reached = math.inf if curve is None else time_to_target(curve["train_seconds"], curve["val_accuracy"], target)
         out[int(seed)] = math.inf if math.isnan(reached) else reached
@@ -221,9 +221,9 @@ def control_table(group: Group) -> Table:
             row |= {f"{key}_estimate": difference_estimate(a, b), f"{key}_plan": difference_estimate(b, c)}
         rows.append(row)
     caption = (
-        "The control runs the method at the setting where its estimate is the exact gradient. Estimate "
-        "effect: method − control. Plan and machinery effect (learning rate, batch size, hooks): control − "
-        "baseline. Paired by seed, mean with 95 % interval; fewer seconds are better."
+        "The control runs the method at the setting where its estimate is the exact gradient. Estimate effect: "
+        "method − control. Plan and machinery effect (learning rate, batch size, hooks, a recipe tuned for the "
+        "arm): control − baseline. Paired by seed, mean with 95 % interval; fewer seconds are better."
     )
     columns = (
         *(c for c in NAMES if c.key != "role"),

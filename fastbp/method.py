@@ -51,6 +51,9 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         coerce_fields(self)
+        inner = getattr(self, "inner", self)
+        if not isinstance(inner, Method):
+            raise TypeError(f"{type(self).__name__}.inner = {inner!r}: expected a method, such as Backprop()")
 
     @abstractmethod
     def bind(self, model: nn.Module, loss_fn: LossFn) -> GradientEstimator:

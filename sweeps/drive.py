@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -226,6 +227,7 @@ class _Driver:
             "threads": threads,
             "device": "cuda" if gpus else "cpu",
             "cwd": os.getcwd(),
+            "sys_path": [p for p in sys.path if p and not p.startswith((sys.prefix, sys.base_prefix))],
         }
 
         def trial(run: RunConfig, attempt: int) -> dict[str, Any]:

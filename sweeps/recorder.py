@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
@@ -47,7 +48,7 @@ class Recorder(Callback):
             record.epochs_done, record.examples, record.steps = epoch.epoch + 1, epoch.examples, epoch.steps
             for name in Seconds.__dataclass_fields__:
                 setattr(record, name, getattr(epoch, name))
-        record.status, record.reason, record.ended_at = "failed", reason_of(trial.get_error()), _now()
+        record.status, record.reason, record.ended_at = "failed", reason_of(_error_text(trial)), _now()
         self._write(record)
         self._on_end(record)
 
@@ -60,11 +61,17 @@ class Recorder(Callback):
         self._ledger.add(record)
 
 
-def reason_of(text: str | None) -> str:
+def reason_of(text: str) -> str:
     """The sentence of the newest error in a traceback."""
-    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Killed)\b", line)]
     return ((errors or lines or ["the trial ended without a message"])[-1])[:500]
+
+
+def _error_text(trial: Any) -> str:
+    """The traceback that Tune wrote beside the trial; the copy in its storage comes later."""
+    path = trial.error_file
+    return Path(path).read_text(encoding="utf-8", errors="replace") if path and Path(path).exists() else ""
 
 
 def _unstarted(config: dict[str, Any]) -> RunRecord:

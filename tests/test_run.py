@@ -163,7 +163,7 @@ def test_flops_are_torchs_count_for_backprop_and_move_with_the_method():
     assert flops(DecorrelatedBP())[0] > backprop
     full, dropped = flops(Backprop(), 3)[0], flops(LayerDropBack(batch_scale=1.0, drop_rate=0.9), 3)[0]
     saved = (full - dropped) / (full / 3)
-    assert 0 < saved < 1 / 3, f"dropping 90 % of the weight gradients saved {saved:.2f} of an epoch's FLOPs"
+    assert 0 < saved < 2 / 3, f"dropping 90 % of the units saved {saved:.2f} of an epoch's FLOPs"
 
 
 def test_attention_is_counted_on_the_cpu():

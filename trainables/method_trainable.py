@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ class MethodTrainable(tune.Trainable):
 
     Further keys: `exclusive` (alone on its device), `threads` (of torch on CPU), `device`, `attempt`,
     `checkpoint` (a saved state to continue from), `cwd` (the folder that relative data paths start from),
-    `git_commit`, `git_dirty`. Every result has `record` (an EpochRecord), the first one also `start` and the
+    `sys_path` (where the driver finds modules), `git_commit`, `git_dirty`. Every result has `record` (an EpochRecord), the first one also `start` and the
     last one `end` (RunRecords). What Tune does between two steps is counted as report_blocked.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
         if config.get("cwd") and Path(config["cwd"]).is_dir():
             os.chdir(config["cwd"])
+        sys.path += [folder for folder in config.get("sys_path", ()) if folder not in sys.path]
         if config.get("git_commit"):  # of the driver: workers may run from a copy without history
             os.environ["FASTBP_GIT_COMMIT"] = config["git_commit"]
             os.environ["FASTBP_GIT_DIRTY"] = str(int(config["git_dirty"]))

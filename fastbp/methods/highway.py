@@ -76,14 +76,14 @@ class _Tape:
         self.h = block.merge(self.skip, self.z_in)
 
     def through_merge(self, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """W K and w d merge/d z; None where the merge does not read that argument."""
+        """The products w K and w d merge/d z; None where the merge does not read that argument."""
         if type(self.block.merge) is Add:
             return w, w
         skip, dz = torch.autograd.grad(self.h, (self.skip, self.z_in), w, retain_graph=True, allow_unused=True)
         return skip, dz
 
     def through_branch(self, dz: Tensor) -> Tensor:
-        """Dz d branch / d x."""
+        """The product dz d branch / d x."""
         (dx,) = torch.autograd.grad(self.z, self.x, dz, retain_graph=True, allow_unused=True)
         return torch.zeros_like(self.x) if dx is None else dx
 
@@ -151,13 +151,13 @@ def highway_gradients(tapes: list[_Tape], g: Tensor, iterations: int, gamma: flo
 
 
 def _keep(tape: _Tape, w: Tensor, gamma: float) -> Tensor:
-    """W (1-gamma) K."""
+    """The product w (1-gamma) K."""
     skip, _ = tape.through_merge(w)
     return torch.zeros_like(tape.skip) if skip is None else skip if gamma == 0 else (1 - gamma) * skip
 
 
 def _cross(tape: _Tape, w: Tensor, gamma: float) -> Tensor:
-    """W (J + gamma K)."""
+    """The product w (J + gamma K)."""
     skip, dz = tape.through_merge(w)
     crossed = torch.zeros_like(tape.x) if dz is None else tape.through_branch(dz)
     return crossed if skip is None or gamma == 0 else crossed + gamma * skip
