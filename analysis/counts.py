@@ -100,7 +100,14 @@ def _summary_caption(results: Results) -> str:
             caption += f" Of {name}, {done} of {planned} planned measured runs finished."
     if not results.sweeps:
         caption += " There is no sweep record, so what was planned is unknown."
-    return caption
+    return caption + _code(results.runs)
+
+
+def _code(runs: pd.DataFrame) -> str:
+    """Which commits the runs were made from."""
+    pairs = sorted({(run["git_commit"], run["git_dirty"]) for run in records(runs) if run["git_commit"]})
+    named = [f"{commit[:10]}{' with uncommitted changes' if dirty else ''}" for commit, dirty in pairs]
+    return f" Code: commit {', '.join(named)}." if named else ""
 
 
 def reasons(runs: pd.DataFrame) -> str:

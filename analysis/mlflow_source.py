@@ -44,6 +44,7 @@ def downloaded_records(experiment: str, problems: list[str]) -> Iterator[tuple[P
         from mlflow.exceptions import MlflowException
     except ImportError as error:
         raise ReportError(f"mlflow:{experiment}: needs the package mlflow (pip install 'fastbp[sweep]')") from error
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         client = mlflow.MlflowClient(tracking_uri=tracking_uri())
         found = client.get_experiment_by_name(experiment)

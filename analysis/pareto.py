@@ -49,7 +49,6 @@ def hypervolume(seconds: ArrayLike, accuracy: ArrayLike, reference: tuple[float,
     points = _minimised(seconds, accuracy)
     corner = np.array([reference[0], -reference[1]])
     points = points[np.isfinite(points).all(axis=1)]
-    points = points[(points < corner).all(axis=1)]
     return float(moocore.hypervolume(points, ref=corner)) if len(points) else 0.0
 
 

@@ -23,7 +23,8 @@ from analysis.statistics import (
 )
 from analysis.table import Column, Table, number
 
-NAMES = (Column("arm", "arm"), Column("role", "role", shown=False), Column("setting", "setting"))
+NAMES = (Column("arm", "arm"), Column("role", "role", shown=False))
+SETTING = Column("setting", "setting")
 
 
 def name_cells(arm: Arm) -> dict[str, str]:
@@ -99,6 +100,7 @@ def pareto_table(group: Group) -> Table:
         Column("on_front", "on front", "flag"),
         Column("p_front", "P(on front)", "share"),
         Column("val_accuracy", "validation accuracy", "percent"),
+        SETTING,
     )
     if group.accuracy_column == "val_accuracy":
         columns = tuple(c for c in columns if c.key != "val_accuracy")
@@ -193,6 +195,7 @@ def target_table(group: Group, results: Results) -> Table:
         Column("reached", "reached"),
         Column("seconds", "time to target", "seconds"),
         Column("speed_up", "speed-up", "ratio"),
+        SETTING,
     )
     return Table("time_to_target", "Time to target accuracy", caption, columns, rows)
 
@@ -226,12 +229,13 @@ def control_table(group: Group) -> Table:
         "arm): control − baseline. Paired by seed, mean with 95 % interval; fewer seconds are better."
     )
     columns = (
-        *(c for c in NAMES if c.key != "role"),
+        NAMES[0],
         Column("n", "pairs", "count"),
         Column("accuracy_estimate", "accuracy: estimate", "points"),
         Column("accuracy_plan", "accuracy: plan", "points"),
         Column("seconds_estimate", "time: estimate", "difference"),
         Column("seconds_plan", "time: plan", "difference"),
+        SETTING,
     )
     return Table("control_split", "What the estimate brings, and what the plan", caption, columns, rows)
 
@@ -246,7 +250,7 @@ def segment_table(group: Group) -> Table:
         rows.append(row)
     unknown = "not measured"
     columns = (
-        *NAMES[:2],
+        *NAMES,
         Column("n", "seeds", "count"),
         *(Column(s, s.removesuffix("_seconds").replace("_", " "), "seconds", unknown) for s in SEGMENTS),
         Column("peak_memory_bytes", "peak memory", "bytes", unknown),

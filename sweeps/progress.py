@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from fastbp.knobs import Choice, Domain
+from fastbp.method import Method
 from fastbp.record import RunRecord
 from sweeps.ledger import Ledger
 from sweeps.plan import Plan
@@ -32,20 +37,21 @@ class Progress:
 
     def ended(self, record: RunRecord) -> None:
         self._count(record)
-        done = f"{len(self._done[record.arm])}/{self._planned[record.arm]}"
         what = f"{record.arm} control" if record.role == "control" else record.arm
         seed = f" seed {record.seed}" if record.phase == "measure" else ""
-        line = f"  {what + seed:<28} {done:>7}  "
+        done = f"{sum(map(len, self._done.values()))}/{sum(self._planned.values())}"
+        of_arm = f"{len(self._done[record.arm])}/{self._planned[record.arm]}"
+        line = f"  {done:>7}  {what + seed:<28} {of_arm:>5}  "
         if record.status == "failed":
-            self.console.print(f"{line}[red]failed[/red] (attempt {record.attempt + 1}): ", end="")
-            self.console.print(record.reason, markup=False, highlight=False)
-            return
-        accuracy = "   -  " if record.val_accuracy is None else f"{record.val_accuracy:.4f}"
-        best = self._best.get(record.arm)
-        note = f"  best {best:.4f}" if record.phase == "search" and best is not None else ""
-        ending = "" if record.status == "finished" else f"  [yellow]{record.status}[/yellow]: {record.reason}"
-        text = f"{line}val {accuracy}{note}  train {record.train_seconds:.2f} s{ending}"
-        self.console.print(text, highlight=False)
+            line += f"[red]failed[/red] (attempt {record.attempt + 1}): {escape(record.reason)}"
+        else:
+            line += "val    -   " if record.val_accuracy is None else f"val {record.val_accuracy:.4f} "
+            if record.phase == "search" and record.arm in self._best:
+                line += f" best {self._best[record.arm]:.4f} "
+            line += f" train {record.train_seconds:.2f} s"
+            if record.status != "finished":
+                line += f"  [yellow]{record.status}[/yellow]: {escape(record.reason)}"
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def _count(self, record: RunRecord) -> None:
         self._done.setdefault(record.arm, set()).add(record.run_key)
@@ -55,28 +61,20 @@ class Progress:
 
 def plan_table(plan: Plan) -> Table:
     """Arms, what each of them searches, and how many runs that makes."""
-    table = Table("arm", "method", "searched", "search trials", "measured runs", title=f"sweep {plan.sweep.name}")
+    table = Table("arm", "method", "searched", "trials", "measured", title=f"sweep {plan.sweep.name}")
     measure = plan.sweep.measure
     for arm in plan.arms:
-        searched = ", ".join(f"{path} in {_domain_text(domain)}" for path, domain in arm.space.items()) or "nothing"
+        searched = "\n".join(f"{path} {_domain_text(domain)}" for path, domain in arm.space.items()) or "nothing"
         seeds = len(measure.seeds) if measure else 0
-        control = " (+ control)" if measure and measure.controls and not arm.plain else ""
-        table.add_row(arm.name, repr(arm.method), searched, str(plan.trials(arm)), f"{seeds}{control}")
+        control = " + control" if measure and measure.controls and not arm.plain else ""
+        table.add_row(arm.name, _method_text(arm.method), searched, str(plan.trials(arm)), f"{seeds}{control}")
     return table
 
 
 def status_table(plan: Plan, ledger: Ledger) -> Table:
-    """Per arm and phase: ended, failed and best or mean accuracy."""
-    table = Table(
-        "phase",
-        "arm",
-        "finished",
-        "diverged",
-        "failed",
-        "unfinished",
-        "best val",
-        title=f"sweep {plan.sweep.name}",
-    )
+    """Per arm and phase: how its runs ended, and the best validation accuracy."""
+    columns = ("phase", "arm", "finished", "diverged", "failed", "unfinished", "best val")
+    table = Table(*columns, title=f"sweep {plan.sweep.name}")
     for phase in ("search", "measure"):
         for arm in plan.arms:
             runs = ledger.of_phase(phase, arm.name)
@@ -88,12 +86,18 @@ def status_table(plan: Plan, ledger: Ledger) -> Table:
     return table
 
 
-def _domain_text(domain: object) -> str:
-    return (
-        str(domain)
-        .removeprefix("Log")
-        .replace("Uniform", "")
-        .replace("values=", "")
-        .replace("low=", "")
-        .replace("high=", "")
-    )
+def _method_text(method: Method) -> str:
+    """A method with the fields that differ from their defaults."""
+    changed = [
+        f"{f.name}={_method_text(value) if isinstance(value, Method) else repr(value)}"
+        for f in fields(method)
+        if (value := getattr(method, f.name)) != f.default
+    ]
+    return f"{type(method).__name__}({', '.join(changed)})"
+
+
+def _domain_text(domain: Domain) -> str:
+    if isinstance(domain, Choice):
+        return f"in {list(domain.values)}"
+    kind = {"LogUniform": " (log)", "IntRange": " (whole)"}.get(type(domain).__name__, "")
+    return f"in [{domain.low:g}, {domain.high:g}]{kind}"

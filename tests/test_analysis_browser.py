@@ -26,12 +26,16 @@ addEventListener("load", () => {
   mark.dispatchEvent(new PointerEvent("pointerleave"));
   out.after = tip.hidden;
   const table = document.querySelector("#pareto table");
-  const column = [...table.querySelectorAll("th")].findIndex(th => th.textContent.includes("speed-up"));
+  const sort = name => [...table.querySelectorAll("th button")].find(b => b.textContent.includes(name)).click();
   const order = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent.trim());
-  table.querySelectorAll("th button")[column].click();
+  sort("speed-up");
   out.up = order();
-  table.querySelectorAll("th button")[column].click();
+  sort("speed-up");
   out.down = order();
+  sort("training time");
+  out.numbers = order();
+  sort("arm");
+  out.names = order();
   document.querySelector('.legend button[data-arm="1"]').click();
   out.hidden = document.querySelectorAll("figure.wide .mark.off").length;
   out.wide = document.documentElement.scrollWidth - innerWidth;
@@ -75,6 +79,8 @@ def test_the_page_works(tmp_path, page, width, figure):
     assert probe["after"] is True, "the tip stays when the pointer leaves"
     assert probe["up"] == ["dbp", "dbp (control)", "ldb (control)", "ldb", "bp"], "speed-up upwards, unknown last"
     assert probe["down"] == ["ldb", "ldb (control)", "dbp (control)", "dbp", "bp"]
+    assert probe["numbers"] == ["ldb", "ldb (control)", "bp", "dbp (control)", "dbp"], "7 s are fewer than 10 s"
+    assert probe["names"] == ["bp", "dbp", "dbp (control)", "ldb", "ldb (control)"]
     assert probe["hidden"] == 2, "hiding an arm hides its point and its curve"
     assert probe["wide"] <= 0, f"the page is {probe['wide']} px wider than the window"
     assert set(probe["shown"]) == {figure}, f"figures shown at {width} px: {probe['shown']}"

@@ -173,6 +173,15 @@ def test_every_run_is_counted(tmp_path):
     assert "Of demo, 16 of 25 planned measured runs finished" in contents["report.md"].decode().replace("\\", "")
 
 
+def test_the_code_is_named(tmp_path):
+    runs = [
+        run_line(git_commit="0123456789abcdef", git_dirty=False),
+        run_line(seed=1, git_commit="fe" * 20, git_dirty=True),
+    ]
+    contents = report_of(tmp_path, runs)
+    assert "Code: commit 0123456789, fefefefefe with uncommitted changes." in contents["report.md"].decode()
+
+
 def test_an_arm_without_a_single_run_is_shown_as_missing(tmp_path):
     lines = [sweep_line(arms=["bp", "ghost"], seeds=[0, 1], search_trials=4), run_line()]
     found = {

@@ -51,7 +51,11 @@ def test_a_segment_that_raises_is_still_counted_and_closed():
 
 def test_misuse_is_refused():
     clock = Clock()
-    with pytest.raises(RuntimeError, match="'eval' opened inside 'train'"), clock.segment("train"), clock.segment("eval"):
+    with (
+        pytest.raises(RuntimeError, match="'eval' opened inside 'train'"),
+        clock.segment("train"),
+        clock.segment("eval"),
+    ):
         pass
     with pytest.raises(ValueError, match="unknown clock segment 'trian'"), clock.segment("trian"):
         pass

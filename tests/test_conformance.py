@@ -53,6 +53,7 @@ def test_adamw_conforms():
 REFUSED = {
     LayerDropBack(inner=LayerDropBack()): "two masks are one mask",
     LayerDropBack(inner=DecorrelatedBP(inner=LayerDropBack())): "two masks are one mask",
+    LayerDropBack(unit="prefix", inner=DDG(modules=2)): "use another unit",
     DecorrelatedBP(inner=DecorrelatedBP()): "the weights already are W R",
     DecorrelatedBP(inner=DDG(modules=2, weights="mixed")): "use weights='stash' or 'replay'",
     DecorrelatedBP(inner=LayerDropBack(inner=DDG(modules=2, weights="mixed"))): "use weights='stash' or 'replay'",

@@ -7,7 +7,7 @@ import torch
 from reference import ddg as twin
 from torch import nn
 
-from fastbp import DDG, Backprop, Chain, LayerDropBack, Residual
+from fastbp import DDG, Backprop, Chain, LayerDropBack, Residual, as_chain
 from fastbp.chain import Add, AddReLU, Replace, ShortcutAdd
 from fastbp.nets import vit_tiny
 
@@ -116,6 +116,26 @@ def test_equals_the_twin_to_the_bit(make, K, kind, mode):  # T2, T6, T8, T13, T1
         check(t)
         optimizer.step()
     assert_models_equal(fast, slow, f"{mode}, K={K}")
+
+
+VIT = dict(img_size=32, patch_size=8, depth=3, proj_drop_rate=0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("name", "args"), [("resnet18", {"drop_rate": 0.2}), ("vit_tiny_patch16_224", VIT)])
+def test_equals_the_twin_on_models_of_others(name, args, mode):
+    timm = pytest.importorskip("timm")
+    fast = timm.create_model(name, num_classes=5, **args)
+    slow = copy.deepcopy(fast)
+    g = torch.Generator().manual_seed(0)
+    data = [(torch.randn(2, 3, 32, 32, generator=g), torch.tensor([1, 4])) for _ in range(3)]
+    want, _ = twin.train(as_chain(slow), data, cross_entropy, sgd, 3, weights=mode, drain=True)
+    estimator = bind(fast, DDG(modules=3, weights=mode, drain="end"))
+    optimizer = sgd(fast.parameters())
+    got = [one(estimator, optimizer, x, y) for x, y in data]
+    drain(estimator, optimizer)
+    assert got == want, f"losses {got}, the twin's {want}"
+    assert_models_equal(fast, slow, f"{name}, {mode}")
 
 
 @pytest.mark.parametrize("mode", ["mixed", "replay"])

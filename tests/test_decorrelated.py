@@ -380,6 +380,25 @@ def test_sample_is_fresh_without_replacement_and_leaves_the_global_generator_alo
     assert len({tuple(rows) for rows in kept}) > 1, f"always the same sample {kept[0]}"
 
 
+class _Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3, dtype=F64)
+
+    def forward(self, x):
+        return self.layer(torch.tanh(self.layer(x)))
+
+
+def test_a_layer_called_twice_learns_from_both_calls():
+    torch.manual_seed(0)
+    model = _Twice()
+    x = torch.randn(5, 3, dtype=F64)
+    rows = torch.cat([x, torch.tanh(model.layer(x)).detach()])[None]
+    DecorrelatedBP(decor_lr=0.1, kappa=0.2, sample_fraction=1.0).bind(model, nn.functional.mse_loss).backward(x, x)
+    want = -0.1 * update_direction(rows, torch.zeros(1, 3, 3, dtype=F64), 0.2)
+    torch.testing.assert_close(decorrelation_of(model.layer).D, want, rtol=1e-12, atol=1e-13)
+
+
 def test_interval():
     model = net()
     estimator = DecorrelatedBP(decor_lr=0.01, interval=4).bind(model, cross_entropy)
@@ -485,6 +504,34 @@ def test_layers_that_stay_plain():
     estimator.backward(torch.randn(3, 4, 4), torch.tensor([0, 1, 0]))
     assert model.a.weight is model.b.weight, "the tie is broken"
     assert bool(decorrelation_of(model.plain).D.any()), "the ordinary layer did not learn"
+
+
+def test_frozen_weights_stay_plain_and_are_never_moved():
+    model = net()
+    for p in [*model[0].parameters(), model[4].bias]:
+        p.requires_grad_(False)
+    start = copy.deepcopy(model.state_dict())
+    estimator = DecorrelatedBP(decor_lr=0.05).bind(model, cross_entropy)
+    assert list(estimator.layers) == ["2", "4", "6"], f"decorrelated: {list(estimator.layers)}"
+    train(estimator, torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1), batches(4))
+    estimator.finalize()
+    for name in ("0.weight", "0.bias", "4.bias"):
+        assert torch.equal(model.state_dict()[name], start[name]), f"frozen {name} moved"
+        assert not model.get_parameter(name).requires_grad, f"{name} was unfrozen"
+
+
+def test_white_input_noise_floor():  # I10
+    """Sampling noise keeps off-diagonals of the true K at sqrt(eps (1-kappa) / n)."""
+    torch.manual_seed(0)
+    eps, n, kappa, width = 0.05, 50, 0.5, 16
+    matrix, squares = Decorrelation(1, width, torch.zeros(1, width, dtype=F64)), []
+    off = ~torch.eye(width, dtype=torch.bool)
+    for t in range(700):
+        matrix.whiten(torch.randn(1, n, width, dtype=F64), eps, kappa)
+        if t >= 200:
+            squares.append(second_moment(torch.eye(width, dtype=F64), matrix.D[0])[off].square().mean())
+    rms = torch.stack(squares).mean().sqrt().item()
+    assert abs(rms / 0.0224 - 1) < 0.1, f"rms off-diagonal of K: {rms:.4f}, expected 0.0224"
 
 
 def test_over_delayed_gradients_keeps_the_old_matrix():

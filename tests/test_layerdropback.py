@@ -125,6 +125,15 @@ def test_drop_epochs():  # I2
     assert third == [3, 6, 9], f"s=3 drops in {third}"
 
 
+def test_learning_rate_policies_do_not_compound():  # I9
+    policies = {"inverse": 1 / (1 - 0.7), "double": 2.0, "none": 1.0}
+    for policy, want in policies.items():
+        method = LayerDropBack(drop_rate=0.7, lr_policy=policy, every_epochs=1)
+        estimator = method.bind(conv_net(), cross_entropy)
+        scales = [estimator.start_epoch(e).lr_scale for e in range(5)]
+        assert scales == [1.0, want, want, want, want], f"{policy}: learning-rate factors {scales}"
+
+
 @pytest.mark.parametrize("unit", ["tensor", "layer", "block"])
 @pytest.mark.parametrize("p", [0.3, 0.8])
 def test_forward_and_kept_gradients_are_backprops(unit, p):  # I3, I4, I5, I7

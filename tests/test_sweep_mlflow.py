@@ -151,6 +151,17 @@ def test_an_interrupted_run_is_closed_and_opens_again_when_it_goes_on(tmp_path, 
     assert runs[0].data.tags["fastbp.attempt"] == "1"
 
 
+def test_the_curve_is_that_of_the_newest_attempt(tmp_path, uri, sweep):
+    plan, _, runs = sweep
+    first, second = history(runs[0], status="failed", reason="x", val=None), history(runs[0], attempt=1)
+    assert len(second) == 4, f"start, two epochs, end; got {len(second)}"
+    path = write(tmp_path / "records.jsonl", sweep_record(plan), *first, *second[:2])
+    MlflowMirror(path, uri).sync()
+    found, client = runs_of(uri, plan.sweep.name)
+    curve = client.get_metric_history(by_level(found, "run")[0].info.run_id, "train_seconds")
+    assert [m.step for m in curve] == [0], f"epochs of the failed attempt are in the curve: {curve}"
+
+
 def test_the_artifacts_hold_every_line_of_the_records(tmp_path, uri, sweep):
     plan, trials, runs = sweep
     lines = [line for run in runs for line in history(run)]

@@ -13,6 +13,8 @@ from sweeps.cli import app
 from sweeps.cluster import ray_session
 from sweeps.ledger import Ledger
 
+pytestmark = pytest.mark.slow
+
 SWEEP = """\
 name: faults
 task: {{data: digits, model: mlp, model_args: {{depth: 2, width: 8}}, data_args: {{limit: 128}}}}

@@ -46,6 +46,7 @@ def numbers(results):
     return out
 
 
+@pytest.mark.slow
 def test_tune_finds_that_it_saves_and_restores(monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with ray_session():

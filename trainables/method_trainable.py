@@ -20,10 +20,10 @@ STATE_FILE = "run.pt"
 class MethodTrainable(tune.Trainable):
     """Trains `config["run"]`, a `RunConfig` dictionary.
 
-    Further keys: `exclusive` (alone on its device), `threads` (of torch on CPU), `device`, `attempt`,
-    `checkpoint` (a saved state to continue from), `cwd` (the folder that relative data paths start from),
-    `sys_path` (where the driver finds modules), `git_commit`, `git_dirty`. Every result has `record` (an EpochRecord), the first one also `start` and the
-    last one `end` (RunRecords). What Tune does between two steps is counted as report_blocked.
+    Further keys: `exclusive` (alone on its device), `threads` (of torch on CPU), `device`, `attempt`, `checkpoint` (a
+    saved state to continue from), `cwd` (the folder that relative data paths start from), `sys_path` (where the driver
+    finds modules), `git_commit`, `git_dirty`. Every result has `record` (an EpochRecord), the first one also `start`
+    and the last one `end` (RunRecords). What Tune does between two steps is counted as report_blocked.
     """
 
     def setup(self, config: dict[str, Any]) -> None:

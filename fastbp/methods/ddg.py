@@ -179,7 +179,8 @@ class _Module:
             tensors |= {name: buffer.clone() for name, buffer in scratch.items()}
         hooks = nullcontext()
         if self.mode == "mixed":  # the backward reads what these return: aliases of weights that move on
-            hooks = saved_tensors_hooks(lambda z: _append(entry.saved, z.detach()), lambda i: entry.saved[i])
+            saved = entry.saved  # not the entry: a graph that holds its own output is never freed
+            hooks = saved_tensors_hooks(lambda z: _append(saved, z.detach()), saved.__getitem__)
         with self._seeded(entry.step), hooks:
             return functional_call(self.net, tensors, (entry.x,)) if tensors else self.net(entry.x)
 

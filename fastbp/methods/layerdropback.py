@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fastbp.knobs import Choice, Uniform, require
 from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method, WrappingEstimator, parts
 from fastbp.methods.backprop import Backprop
+from fastbp.methods.ddg import DDG
 from fastbp.units import droppable_units
 
 _STEPS_AT_ONCE = 64  # masks are drawn for this many steps in one vectorised call
@@ -69,6 +70,11 @@ class LayerDropBack(Method):
     def bind(self, model: nn.Module, loss_fn: LossFn) -> GradientEstimator:
         if any(isinstance(part, LayerDropBack) for part in parts(self.inner)):
             raise TypeError("LayerDropBack in LayerDropBack: two masks are one mask at another drop_rate")
+        if self.unit == "prefix" and any(isinstance(part, DDG) for part in parts(self.inner)):
+            raise TypeError(
+                "LayerDropBack(unit='prefix') on DDG: a cut scales the gradients of its own batch, DDG's are of older ones; "
+                "use another unit"
+            )
         droppable_units(model, self.unit)  # refuses before the inner method touches the model
         return _LayerDropBack(self, self.inner.bind(model, loss_fn))
 
