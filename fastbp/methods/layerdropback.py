@@ -72,8 +72,8 @@ class LayerDropBack(Method):
             raise TypeError("LayerDropBack in LayerDropBack: two masks are one mask at another drop_rate")
         if self.unit == "prefix" and any(isinstance(part, DDG) for part in parts(self.inner)):
             raise TypeError(
-                "LayerDropBack(unit='prefix') on DDG: a cut scales the gradients of its own batch, DDG's are of older ones; "
-                "use another unit"
+                "LayerDropBack(unit='prefix') on DDG: a cut scales the gradients of its own batch, "
+                "DDG's are of older ones; use another unit"
             )
         droppable_units(model, self.unit)  # refuses before the inner method touches the model
         return _LayerDropBack(self, self.inner.bind(model, loss_fn))
