@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from analysis.embed import embed
 from analysis.errors import ReportError
 from analysis.measured import Group
 from analysis.report import Report, build, write
@@ -33,24 +34,35 @@ def report(
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Accept unlike hardware or software, one section for each.")
     ] = False,
+    into: Annotated[
+        Path | None,
+        typer.Option("--into", help="Also put answer and Pareto table into this Markdown file, between its marks."),
+    ] = None,
 ) -> None:
     """Report accuracy against training time: Pareto front, time to target, control split, counts."""
     try:
-        write_report(sources, out, allow_mixed=allow_mixed)
+        write_report(sources, out, allow_mixed=allow_mixed, into=into)
     except ReportError as error:
         print(f"fastbp-report: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
 
-def write_report(sources: list[str], out: Path, allow_mixed: bool = False, console: Console | None = None) -> Path:
+def write_report(
+    sources: list[str],
+    out: Path,
+    allow_mixed: bool = False,
+    console: Console | None = None,
+    into: Path | None = None,
+) -> Path:
     """Write the report, print its Pareto tables and where it is; returns the path of the HTML page.
 
     Raises:
         ReportError: the sources cannot be read or compared, or the folder cannot be written.
-
     """
     made = build(sources, allow_mixed=allow_mixed)
     page = write(made, out)
+    if into is not None:
+        embed(made, into)
     screen = Console() if console is None else console
     print_report(made, screen)
     screen.print(Text(f"report: {page}"), soft_wrap=True)

@@ -24,7 +24,6 @@ class Results:
         epochs: one row per (run_key, epoch) of that attempt, sorted; `train_seconds` is cumulative.
         sweeps: the last sweep record of every sweep name.
         problems: what was wrong with the input but could be read around, one sentence each.
-
     """
 
     runs: pd.DataFrame
@@ -50,7 +49,6 @@ def load(sources: Iterable[str | Path]) -> Results:
 
     Raises:
         ReportError: a source does not exist or has no runs, or a line is not a record of this schema.
-
     """
     lines = _Lines()
     seen: set[Path] = set()

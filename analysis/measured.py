@@ -28,7 +28,6 @@ class Arm:
         setting: short label of the method with the settings in which the arms of its family differ.
         timed: measured alone, not resumed, finished; one row per seed, index = seed. All that has times.
         tried: the same without the condition `finished`; what did not reach a target is counted from here.
-
     """
 
     name: str
@@ -105,7 +104,6 @@ def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Grou
 
     Raises:
         ReportError: measured runs of unlike hardware or software, and `allow_mixed` is false.
-
     """
     runs = where(results.runs, results.runs["phase"] == "measure").copy()
     if runs.empty:

@@ -21,7 +21,6 @@ def tracking_uri() -> str:
 
     Raises:
         ReportError: neither is there.
-
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri:
@@ -37,7 +36,6 @@ def downloaded_records(experiment: str, problems: list[str]) -> Iterator[tuple[P
 
     Raises:
         ReportError: no mlflow, no store, no such experiment, or no run of ours in it.
-
     """
     try:
         import mlflow

@@ -28,7 +28,6 @@ def pareto_front(seconds: ArrayLike, accuracy: ArrayLike) -> NDArray[np.bool_]:
 
     Returns:
         (k,) mask.
-
     """
     points = _minimised(seconds, accuracy)
     front = np.zeros(len(points), dtype=bool)
@@ -44,7 +43,6 @@ def hypervolume(seconds: ArrayLike, accuracy: ArrayLike, reference: tuple[float,
     Args:
         seconds, accuracy: (k,); unknown points are left out.
         reference: the worst seconds and the worst accuracy that count; points beyond it contribute nothing.
-
     """
     points = _minimised(seconds, accuracy)
     corner = np.array([reference[0], -reference[1]])
@@ -64,7 +62,6 @@ def resampled_points(
 
     Returns:
         Two arrays (resamples, k); NaN where a sample drew no seed that the arm has.
-
     """
     times, scores = np.asarray(seconds, dtype=float), np.asarray(accuracy, dtype=float)
     drawn = resampled(len(times), rng, resamples)
@@ -83,7 +80,6 @@ def front_membership(
 
     Returns:
         (k,) shares in [0, 1]; all NaN where n < 2, as one seed says nothing about spread.
-
     """
     times = np.asarray(seconds, dtype=float)
     if len(times) < 2:
@@ -105,7 +101,6 @@ def hypervolume_estimate(
 
     Args:
         seconds, accuracy: (n, k) as in `resampled_points`.
-
     """
     times, scores = np.asarray(seconds, dtype=float), np.asarray(accuracy, dtype=float)
     n = len(times)

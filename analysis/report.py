@@ -62,7 +62,6 @@ def build(sources: Iterable[str | Path], *, allow_mixed: bool = False) -> Report
 
     Raises:
         ReportError: the sources cannot be read or may not be compared.
-
     """
     results = load(list(sources))
     groups = measured_groups(results, allow_mixed=allow_mixed)
@@ -98,11 +97,10 @@ def write(report: Report, out: Path) -> Path:
 
     Raises:
         ReportError: the folder cannot be written.
-
     """
     try:
         for name, content in (*text_files(report), *figure_files(report)):
-            _write_file(out / name, content)
+            write_file(out / name, content)
     except OSError as error:
         raise ReportError(f"{out}: cannot write the report there ({error.strerror})") from error
     return out / "report.html"
@@ -157,7 +155,7 @@ def _render(template: str, report: Report, *, html: bool) -> bytes:
     return page.encode()
 
 
-def _write_file(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Replace a file in one step, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")

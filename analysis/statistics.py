@@ -31,7 +31,6 @@ class Estimate:
         value: None where nothing is known; may be infinite for times (target not reached).
         low, high: ends of the 95 % interval, None where n < 2.
         n: independent values (seeds) behind it.
-
     """
 
     value: float | None = None
@@ -55,7 +54,6 @@ def mean_estimate(values: ArrayLike, *, level: float = LEVEL, bounds: tuple[floa
     Args:
         values: (n,) independent values; NaN are left out.
         bounds: the interval is cut to this range, e.g. (0, 1) for an accuracy.
-
     """
     x = _known(values)
     if x.size == 0:
@@ -101,7 +99,6 @@ def bootstrap_interval(
 
     Returns:
         Low and high end, (None, None) where n < 2.
-
     """
     x = np.asarray(values, dtype=float)
     if x.size < 2:
@@ -122,7 +119,6 @@ def difference_estimate(a: ArrayLike, b: ArrayLike, *, level: float = LEVEL) -> 
 
     Args:
         a, b: (n,) values of the same seeds in the same order; a pair with a NaN is left out.
-
     """
     return mean_estimate(np.asarray(a, dtype=float) - np.asarray(b, dtype=float), level=level)
 
@@ -133,7 +129,6 @@ def ratio_estimate(numerator: ArrayLike, denominator: ArrayLike, *, level: float
     Args:
         numerator, denominator: (n,) values of the same seeds in the same order; a pair with one that is not
             positive and finite is left out.
-
     """
     a, b = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
     usable = np.isfinite(a) & np.isfinite(b) & (a > 0) & (b > 0)
@@ -150,7 +145,6 @@ def time_to_target(seconds: ArrayLike, accuracy: ArrayLike, target: float) -> fl
 
     >>> time_to_target([1.0, 2.0, 3.0], [0.5, 0.9, 0.8], target=0.8)
     2.0
-
     """
     reached = np.flatnonzero(np.asarray(accuracy, dtype=float) >= target)
     return float(np.asarray(seconds, dtype=float)[reached[0]]) if reached.size else math.inf

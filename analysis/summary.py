@@ -24,7 +24,6 @@ class Comparison:
 
     Attributes:
         sentence: speed and accuracy in words, without the arm's name and the verdict.
-
     """
 
     arm: Arm

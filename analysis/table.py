@@ -27,7 +27,6 @@ class Column:
     Attributes:
         null: what stands for unknown.
         shown: false for a column that only the files for machines have.
-
     """
 
     key: str
@@ -123,7 +122,6 @@ def joined(tables: Sequence[tuple[str, Table]]) -> Table:
 
     Args:
         tables: group title and table, at least one; columns may differ and are united.
-
     """
     first = tables[0][1]
     columns = {c.key: c for _, t in tables for c in t.columns}

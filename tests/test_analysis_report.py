@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from analysis_records import (
@@ -23,6 +24,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from analysis.cli import app, write_report
+from analysis.embed import BEGIN, END, embed, summary
+from analysis.errors import ReportError
+from analysis.report import build
 from analysis.summary import answer
 from analysis.table import Column, Table, latex, markdown, text, to_csv, to_json, to_latex
 from analysis.tables import pareto_table
@@ -232,3 +236,26 @@ def test_an_output_folder_that_cannot_be_made_is_bad_input(tmp_path):
     result = CliRunner().invoke(app, [str(source), "--out", str(source)])
     assert result.exit_code == 2, result.output
     assert "cannot write the report there" in result.stderr
+
+
+def test_the_answer_goes_between_the_marks_of_another_file(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n", encoding="utf-8")
+    report = build([Path(__file__).parents[1] / "results" / "quickstart_cpu"])
+    embed(report, page)
+    once = page.read_text(encoding="utf-8")
+    assert once.startswith(f"above\n{BEGIN}\n**")
+    assert once.endswith(f"{END}\nbelow\n")
+    assert "old" not in once
+    embed(report, page)
+    assert page.read_text(encoding="utf-8") == once, "embedding twice changes the file"
+    page.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ReportError, match="has no place for the table"):
+        embed(report, page)
+
+
+def test_the_readmes_table_is_the_committed_records():
+    """Every figure of the README's table comes from the records beside it."""
+    root = Path(__file__).parents[1]
+    report = build([root / "results" / "quickstart_cpu"])
+    assert summary(report) in (root / "README.md").read_text(encoding="utf-8")
