@@ -6,12 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from sweeps.source import SweepError
+from sweeps.source import SweepError, without_password
+
+if TYPE_CHECKING:
+    from sweeps.drive import Outcome
+    from sweeps.plan import Plan
 
 app = typer.Typer(
     help="Search and measure methods over a sweep file, with Ray Tune and MLflow.",
@@ -54,33 +58,54 @@ def run(
     planned = load_plan(file, smoke=smoke)
     folder = out or Path("fastbp-runs") / planned.sweep.name
     console = Console()
-    from sweeps.drive import RECORDS, run_sweep
+    from sweeps.cluster import in_job
+    from sweeps.drive import run_sweep
 
+    if in_job() and (out is None or not (planned.sweep.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))):
+        _say(console, "warning: this folder is the job's temporary copy; keep results with --out FOLDER on shared")
+        _say(console, "         storage and MLFLOW_TRACKING_URI in the job's environment")
     outcome = run_sweep(planned, find_sweep(file)[0], folder, Progress(console), mlflow=mlflow)
-    html = _report(folder, console) if report and not outcome.interrupted else None
-    error = outcome.mlflow_error
-    if mlflow and html is not None and not error:
+    if report and not outcome.interrupted:
+        _report(folder, console, planned, outcome)
+    raise typer.Exit(_summary(folder, console, outcome))
+
+
+def _say(console: Console, text: str) -> None:
+    """One line as it is, whatever the width of the terminal."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _report(folder: Path, console: Console, planned: Plan, outcome: Outcome) -> None:
+    """Run the report in a process of its own, which reads the records and prints its table; attach it in MLflow."""
+    target = folder / "report"
+    done = subprocess.run([sys.executable, "-m", "analysis", str(folder), "--out", str(target)], check=False)
+    html = target / "report.html"
+    if done.returncode or not html.exists():
+        _say(console, f"warning: no report was written; try again with: fastbp-report {folder} --out {target}")
+    elif outcome.uri and not outcome.mlflow_error:
+        from sweeps.drive import RECORDS
         from sweeps.mlflow_sync import MlflowMirror, try_sync
 
         mirror = MlflowMirror(folder / RECORDS, outcome.uri, planned.sweep.mlflow.experiment)
-        error = try_sync(mirror, final=True, report=html)
-    say = lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
-    say(f"records: {folder / RECORDS}")
-    if html is not None:
-        say(f"report:  {html}")
-    if error:
-        say(f"warning: MLflow is behind the records ({error}); repair it later: fastbp-sweep sync {folder}")
-    elif mlflow:
-        say(f"MLflow:  {_ui_hint(outcome.uri)}")
+        outcome.mlflow_error = try_sync(mirror, final=True, report=html)
+
+
+def _summary(folder: Path, console: Console, outcome: Outcome) -> int:
+    """Say where everything is and what went wrong; returns the exit code."""
+    _say(console, f"records: {folder / 'records.jsonl'}")
+    if outcome.mlflow_error:
+        _say(console, f"warning: MLflow is behind the records ({outcome.mlflow_error})")
+        _say(console, f"         repair it later: fastbp-sweep sync {folder}")
+    elif outcome.uri:
+        _say(console, f"MLflow:  {_ui_hint(outcome.uri)}")
     for record in outcome.failed:
-        say(f"failed:  {record.phase} {record.arm} {record.role} seed {record.seed}: {record.reason}")
-    for sentence in outcome.missing:
-        say(f"missing: {sentence}")
+        _say(console, f"failed:  {record.phase} {record.arm} {record.role} seed {record.seed}: {record.reason}")
     if outcome.interrupted:
-        say("interrupted; the same command continues")
-        raise typer.Exit(130)
-    if not outcome.ok:
-        raise typer.Exit(1)
+        _say(console, "interrupted; the same command continues")
+        return 130
+    for sentence in outcome.missing:
+        _say(console, f"missing: {sentence}")
+    return 0 if outcome.ok else 1
 
 
 @app.command()
@@ -104,11 +129,7 @@ def status(
     console.print(status_table(load_plan(str(file), smoke=smoke), ledger))
     failed = [record for record in ledger.runs.values() if record.status == "failed"]
     for record in failed:
-        console.print(
-            f"failed: {record.phase} {record.arm} seed {record.seed}: {record.reason}",
-            markup=False,
-            highlight=False,
-        )
+        _say(console, f"failed: {record.phase} {record.arm} seed {record.seed}: {record.reason}")
     if failed:
         raise typer.Exit(1)
 
@@ -132,13 +153,8 @@ def sync(
         mirror = MlflowMirror(folder / RECORDS, uri, settings.experiment)
         error = try_sync(mirror, final=free, report=html if html.exists() else None)
     if error:
-        raise SweepError(f"MLflow at {uri}: {error}")
-    Console().print(
-        f"MLflow agrees with {folder / RECORDS}; {_ui_hint(uri)}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
+        raise SweepError(f"MLflow at {without_password(uri)}: {error}")
+    _say(Console(), f"MLflow agrees with {folder / RECORDS}; {_ui_hint(uri)}")
 
 
 def _locate(target: str, out: Path | None) -> tuple[Path, Path]:
@@ -155,20 +171,8 @@ def _locate(target: str, out: Path | None) -> tuple[Path, Path]:
     return out or Path("fastbp-runs") / load_sweep(file, name)[0].name, file
 
 
-def _report(folder: Path, console: Console) -> Path | None:
-    """Run the report in a process of its own; it reads the records and prints its table."""
-    target = folder / "report"
-    done = subprocess.run([sys.executable, "-m", "analysis", str(folder), "--out", str(target)], check=False)
-    html = target / "report.html"
-    if done.returncode or not html.exists():
-        again = f"fastbp-report {folder} --out {target}"
-        console.print(f"warning: no report was written; try again with: {again}", highlight=False, markup=False)
-        return None
-    return html
-
-
 def _ui_hint(uri: str) -> str:
-    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"see {uri}"
+    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"see {without_password(uri)}"
 
 
 def main() -> None:

@@ -19,9 +19,14 @@ _QUIET = {
 }
 
 
+def in_job() -> bool:
+    """Whether `ray job submit` started this process."""
+    return bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
 def in_cluster() -> bool:
     """Whether we were submitted to, or told to use, a running cluster."""
-    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+    return in_job() or bool(os.environ.get("RAY_ADDRESS"))
 
 
 @contextlib.contextmanager

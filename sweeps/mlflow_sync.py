@@ -26,6 +26,7 @@ from mlflow.exceptions import MlflowException
 from fastbp.record import SweepRecord, read_records, to_line
 from sweeps import mlflow_view as view
 from sweeps.mlflow_tree import History, Tree
+from sweeps.source import without_password
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # "Creating initial MLflow database tables..."
 ENDS = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "stopped": "KILLED"}
@@ -91,7 +92,11 @@ class MlflowMirror:
             raise MlflowException(
                 f"experiment {name!r} is in MLflow's trash; restore it, or name another in the sweep file"
             )
-        experiment_id = found.experiment_id if found else self._client.create_experiment(name, artifact_root(self.uri))
+        experiment_id = (
+            found.experiment_id
+            if found
+            else self._client.create_experiment(name, artifact_root(self.uri), view.EXPERIMENT_TAGS)
+        )
         token = None
         while True:
             page = self._client.search_runs(
@@ -139,7 +144,9 @@ class MlflowMirror:
         digest = f"{status} {len(ended)} {sum(r.attempt for r in ended)}"
         if known.state == digest:
             return 0, known.run_id
-        self._write(known, digest, view.cell_metrics(ended), view.cell_params(first, sweep))
+        metrics = view.cell_metrics(ended)
+        note = [RunTag("mlflow.note.content", view.cell_note(metrics))]
+        self._write(known, digest, metrics, view.cell_params(first, sweep), note)
         self._close(known, status, max((view.end_millis(run) for run in ended), default=0))
         return 1, known.run_id
 
@@ -257,5 +264,6 @@ def try_sync(mirror: MlflowMirror | None, *, final: bool = False, report: Path |
     try:
         mirror.sync(final=final, report=report)
     except Exception as error:  # the sweep must outlive anything its tracker does
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]
+        first = (str(error).strip().splitlines() or [""])[0]
+        return without_password(f"{type(error).__name__}: {first}")[:300]
     return ""

@@ -15,15 +15,21 @@ class History:
 
     Attributes:
         run: the newest state of its newest attempt.
-        epochs: of that attempt.
+        epochs: of that attempt; where it continued from a checkpoint, with the epochs before.
         number: among the search trials of its arm, from 0.
         lines: all its records, of every attempt, in order.
+        earlier: the epochs of the attempt before.
     """
 
     run: RunRecord
     epochs: list[EpochRecord] = field(default_factory=list)
     number: int = 0
     lines: list[Record] = field(default_factory=list)
+    earlier: list[EpochRecord] = field(default_factory=list)
+
+    def add_epoch(self, record: EpochRecord) -> None:
+        before = self.epochs or self.earlier
+        self.epochs = [epoch for epoch in before if epoch.epoch < record.epoch] + [record]
 
 
 @dataclass
@@ -44,7 +50,7 @@ class Tree:
             elif (known := tree.runs.get(record.run_key)) is not None:
                 known.lines.append(record)
                 if known.run.attempt == record.attempt:
-                    known.epochs = [e for e in known.epochs if e.epoch < record.epoch] + [record]
+                    known.add_epoch(record)
         return tree
 
     def _add_run(self, record: RunRecord) -> None:
@@ -53,7 +59,7 @@ class Tree:
             number = sum(h.run.phase == record.phase and h.run.arm == record.arm for h in self.runs.values())
             known = self.runs[record.run_key] = History(record, number=number)
         elif known.run.attempt != record.attempt:
-            known.epochs = []
+            known.earlier, known.epochs = known.epochs, []
         known.run = record
         known.lines.append(record)
 

@@ -11,6 +11,12 @@ from mlflow.entities import Metric
 from fastbp.record import EpochRecord, RunRecord, Seconds, SweepRecord
 
 MAX_METRICS = 25
+EXPERIMENT_TAGS = {
+    "mlflow.experimentKind": "custom_model_development",
+    "mlflow.note.content": "A sweep holds cells, a cell holds runs. A measured cell carries mean and 95 % interval "
+    "over its seeds: filter with tags.`fastbp.level` = 'cell' and tags.phase = 'measure' to compare arms, or with "
+    "tags.`fastbp.level` = 'run' to compare runs. The report is an artifact of the sweep.",
+}
 _SEGMENTS = ("train", "setup", "warmup", "eval", "checkpoint", "report_blocked")
 
 
@@ -47,7 +53,7 @@ def end_of(statuses: list[str], final: bool, complete: bool) -> str:
 
 
 def sweep_tags(sweep: SweepRecord) -> dict[str, str]:
-    return {"fastbp.level": "sweep", "arms": ", ".join(sweep.arms)}
+    return {"fastbp.level": "sweep", "arms": ", ".join(sweep.arms), "mlflow.source.name": "fastbp-sweep"}
 
 
 def cell_tags(run: RunRecord) -> dict[str, str]:
@@ -124,8 +130,26 @@ def cell_metrics(ended: list[RunRecord]) -> list[Metric]:
             "train_seconds": [r.train_seconds for r in timed],
         }.items():
             mean, low, high = mean_interval([v for v in sample if v is not None])
+            ceiling = 1.0 if name.endswith("accuracy") else math.inf  # a t interval knows no bounds, the quantity does
+            low, high = low and max(0.0, low), high and min(ceiling, high)
             values |= {name: mean, f"{name}_low": low, f"{name}_high": high}
     return _metrics(values, when, step)
+
+
+def cell_note(metrics: list[Metric]) -> str:
+    """The cell in one line, as the UI shows it above everything else."""
+    values = {metric.key: metric.value for metric in metrics}
+    parts = []
+    for name, title, scale, unit in (
+        ("final/test_accuracy", "test accuracy", 100.0, "%"),
+        ("train_seconds", "training", 1.0, "s"),
+        ("best/val_accuracy", "best validation accuracy", 100.0, "%"),
+    ):
+        if name in values:
+            ends = [values.get(f"{name}_{end}") for end in ("low", "high")]
+            interval = "" if None in ends else f" ({' to '.join(f'{scale * (e or 0.0):.2f}' for e in ends)})"
+            parts.append(f"{title} {scale * values[name]:.2f}{interval} {unit}")
+    return ", ".join([*parts, f"n = {values['runs/finished']:.0f}"])
 
 
 def epoch_metrics(run: RunRecord, epochs: list[EpochRecord]) -> list[Metric]:

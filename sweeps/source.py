@@ -16,6 +16,15 @@ class SweepError(Exception):
     """A sweep file or output folder that cannot be used; the text is what the user reads."""
 
 
+def without_password(text: str) -> str:
+    """The text with user and password taken out of every URL in it.
+
+    >>> without_password("http://me:secret@host/path")
+    'http://host/path'
+    """
+    return re.sub(r"://[^/@\s]*@", "://", text)
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe subset, with numbers such as 1e-5 read as numbers (YAML 1.1 wants 1.0e-5)."""
 

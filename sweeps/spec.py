@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from fastbp.knobs import nearest
 from fastbp.record import config_key
-from sweeps.source import Source, SweepError, read_source
+from sweeps.source import Source, SweepError, read_source, without_password
 
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -55,6 +55,14 @@ class MeasurePart(_Part):
 class MlflowPart(_Part):
     tracking_uri: str | None = None  # null: MLFLOW_TRACKING_URI, else sqlite in the current folder
     experiment: str | None = None  # null: the sweep's name
+
+    @model_validator(mode="after")
+    def _no_password(self) -> MlflowPart:
+        if self.tracking_uri and self.tracking_uri != without_password(self.tracking_uri):
+            raise ValueError(
+                "tracking_uri holds a password; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD instead"
+            )
+        return self
 
 
 class TaskPart(_Part):

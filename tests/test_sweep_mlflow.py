@@ -90,6 +90,8 @@ def test_metrics_are_few_finite_and_have_the_values_of_the_records(tmp_path, uri
     cell = next(run for run in by_level(found, "cell") if run.info.run_name == "ldb")
     assert cell.data.metrics["final/test_accuracy"] == pytest.approx(0.8)
     assert cell.data.metrics["runs/finished"] == 3
+    note = cell.data.tags["mlflow.note.content"]
+    assert note == "test accuracy 80.00 (80.00 to 80.00) %, training 1.00 (1.00 to 1.00) s, n = 3", f"note is {note!r}"
     assert cell.data.params["method.drop_rate"] == str(0.1), f"the cell's setting is {cell.data.params}"
 
 
@@ -151,15 +153,24 @@ def test_an_interrupted_run_is_closed_and_opens_again_when_it_goes_on(tmp_path, 
     assert runs[0].data.tags["fastbp.attempt"] == "1"
 
 
-def test_the_curve_is_that_of_the_newest_attempt(tmp_path, uri, sweep):
+def test_the_curve_of_a_retried_run_has_every_epoch_once(tmp_path, uri, sweep):
     plan, _, runs = sweep
     first, second = history(runs[0], status="failed", reason="x", val=None), history(runs[0], attempt=1)
-    assert len(second) == 4, f"start, two epochs, end; got {len(second)}"
-    path = write(tmp_path / "records.jsonl", sweep_record(plan), *first, *second[:2])
-    MlflowMirror(path, uri).sync()
-    found, client = runs_of(uri, plan.sweep.name)
-    curve = client.get_metric_history(by_level(found, "run")[0].info.run_id, "train_seconds")
-    assert [m.step for m in curve] == [0], f"epochs of the failed attempt are in the curve: {curve}"
+    assert [len(first), len(second)] == [4, 4], "start, two epochs, end"
+    records = tmp_path / "records.jsonl"
+
+    def curve():
+        MlflowMirror(records, uri).sync()
+        found, client = runs_of(uri, plan.sweep.name)
+        run = by_level(found, "run")[0]
+        return [m.step for m in client.get_metric_history(run.info.run_id, "train_seconds")]
+
+    write(records, sweep_record(plan), *first)
+    assert curve() == [0, 1]
+    write(records, second[0])
+    assert curve() == [], "the second attempt starts with the curve of the first"
+    write(records, second[2])
+    assert curve() == [0, 1], "an attempt that continues from a checkpoint lost the epochs before"
 
 
 def test_the_artifacts_hold_every_line_of_the_records(tmp_path, uri, sweep):

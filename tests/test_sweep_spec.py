@@ -113,6 +113,11 @@ def test_a_recipe_level_search_is_for_every_arm_and_an_arm_can_fix_it(tmp_path):
         ("search: {trials: 2, epochs: 1}", "", ["arm both searches method.decor_lr"]),
         ("  lr: 0.1", "  lr: 0.1\n  lr: 0.2", ["6: key 'lr' again; it is already on line 5"]),
         ("seeds: [0, 1]", "seeds: [0, 1", ["not YAML"]),
+        (
+            "name: toy",
+            "mlflow: {tracking_uri: 'http://u:p@h'}\nname: toy",
+            ["1: mlflow: tracking_uri holds a password"],
+        ),
         ("name: toy", "name: a/b", ["1: name = 'a/b'"]),
     ],
 )
