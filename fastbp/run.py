@@ -14,8 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -34,6 +33,7 @@ from fastbp.methods import Backprop
 from fastbp.nets import make_model
 from fastbp.recipe import Recipe
 from fastbp.record import EpochRecord, Phase, Role, RunRecord, Status, config_key
+from fastbp.seeding import seeded
 
 _WARMUP_STEPS = 3  # per kind of epoch, on a copy
 
@@ -162,7 +162,7 @@ class Run:
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.loss_fn = recipe.make_loss()
         self.pristine = copy.deepcopy(model)  # warm-up and counting happen on it
-        with _forked_rng(self.device, seed):
+        with seeded(self.device, _mixed(seed)):
             self.estimator = self.method.bind(model, self.loss_fn)
         self.optimizer = recipe.make_optimizer(self.estimator.model.parameters())
 
@@ -220,7 +220,7 @@ class Run:
         order = self.data.batches(batch_size, seed=self.config.seed, epoch=self.epoch, augment=recipe.augment)
         joules = self.energy()
         with (
-            _forked_rng(self.device, self.config.seed, self.epoch),
+            seeded(self.device, _mixed(self.config.seed, self.epoch)),
             self._precision(),
             self.clock.segment("train"),
         ):
@@ -242,7 +242,7 @@ class Run:
 
         The run's own weights, buffers and random numbers are not touched.
         """
-        with self.clock.segment("warmup"), _forked_rng(self.device, self.config.seed):
+        with self.clock.segment("warmup"), seeded(self.device, _mixed(self.config.seed)):
             estimator = self.method.bind(self.pristine, self.loss_fn)
             optimizer = self.recipe.make_optimizer(estimator.model.parameters())
             for epoch in range(self.recipe.epochs):
@@ -419,16 +419,12 @@ def _kind(batch_size: int, plan: EpochPlan) -> str:
     return f"{batch_size} {plan.kind}".strip()
 
 
-@contextmanager
-def _forked_rng(device: torch.device, *seed: int) -> Iterator[None]:
-    """Inside, torch's generators are seeded by a pure function of `seed`; the caller's go on untouched outside."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        mixed = 0
-        for value in seed:
-            mixed = (mixed * 1_000_003 + value + 1) % 2**63
-        torch.manual_seed(mixed)
-        yield
+def _mixed(*seed: int) -> int:
+    """One seed from several numbers."""
+    out = 0
+    for value in seed:
+        out = (out * 1_000_003 + value + 1) % 2**63
+    return out
 
 
 def _now() -> str:

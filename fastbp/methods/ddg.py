@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Annotated, Any
@@ -30,6 +30,7 @@ from torch.func import functional_call
 
 from fastbp.knobs import Choice, IntRange, require
 from fastbp.method import GradientEstimator, LossFn, Method
+from fastbp.seeding import seeded
 from fastbp.views import as_chain
 
 _WEIGHTS = ("stash", "mixed", "replay")
@@ -185,7 +186,10 @@ class _Module:
             return functional_call(self.net, tensors, (entry.x,)) if tensors else self.net(entry.x)
 
     def _seeded(self, step: int):
-        return _seeded(self.seed, self.k, step, self.device) if self.counted else nullcontext()
+        return seeded(self.device, self._counter(step)) if self.counted else nullcontext()
+
+    def _counter(self, step: int) -> int:
+        return ((self.seed % 2**31) * 1_000_003 + step) * 4099 + self.k
 
     def state(self) -> list[dict[str, Any]]:
         """The batches in flight as plain tensors."""
@@ -298,12 +302,3 @@ class _DDG(GradientEstimator):
 def _append(items: list[Tensor], item: Tensor) -> int:
     items.append(item)
     return len(items) - 1
-
-
-@contextmanager
-def _seeded(seed: int, k: int, step: int, device: torch.device) -> Iterator[None]:
-    """Seed the generators by (seed, module, step) inside; the caller's go on untouched outside."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(((seed % 2**31) * 1_000_003 + step) * 4099 + k)
-        yield
