@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +83,11 @@ def _report(folder: Path, console: Console, planned: Plan, outcome: Outcome) -> 
     done = subprocess.run([sys.executable, "-m", "analysis", str(folder), "--out", str(target)], check=False)
     html = target / "report.html"
     if done.returncode or not html.exists():
-        _say(console, f"warning: no report was written; try again with: fastbp-report {folder} --out {target}")
+        _say(
+            console,
+            f"warning: no report was written; try again with: "
+            f"{_command('fastbp-report')} {shlex.quote(str(folder))} --out {shlex.quote(str(target))}",
+        )
     elif outcome.uri and not outcome.mlflow_error:
         from sweeps.drive import RECORDS
         from sweeps.mlflow_sync import MlflowMirror, try_sync
@@ -95,7 +101,7 @@ def _summary(folder: Path, console: Console, outcome: Outcome) -> int:
     _say(console, f"records: {folder / 'records.jsonl'}")
     if outcome.mlflow_error:
         _say(console, f"warning: MLflow is behind the records ({outcome.mlflow_error})")
-        _say(console, f"         repair it later: fastbp-sweep sync {folder}")
+        _say(console, f"         repair it later: {_command('fastbp-sweep')} sync {shlex.quote(str(folder))}")
     elif outcome.uri:
         _say(console, f"MLflow:  {_ui_hint(outcome.uri)}")
     for record in outcome.failed:
@@ -172,7 +178,18 @@ def _locate(target: str, out: Path | None) -> tuple[Path, Path]:
 
 
 def _ui_hint(uri: str) -> str:
-    return f"mlflow ui --backend-store-uri {uri}" if uri.startswith("sqlite:") else f"see {without_password(uri)}"
+    """The line to type into a shell that opens the MLflow UI."""
+    if not uri.startswith("sqlite:"):
+        return f"see {without_password(uri)}"
+    return f"{_command('mlflow')} ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def _command(name: str) -> str:
+    """How to call a program of this environment from a shell that may not have activated it."""
+    ours = Path(sys.executable).parent / name
+    if shutil.which(name) == str(ours) or not ours.exists():
+        return name
+    return shlex.quote(os.path.relpath(ours) if ours.is_relative_to(Path.cwd()) else str(ours))
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Iterator
 
 _QUIET = {
@@ -56,6 +58,7 @@ def ray_session() -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
             object_store_memory=128 * 2**20,  # results are small dictionaries
+            runtime_env=_quoted_python(),
         )
     else:
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
@@ -63,6 +66,12 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _quoted_python() -> dict[str, str]:
+    """Ray hands the interpreter's path to a shell as it is; quote one that has a space in it."""
+    quoted = shlex.quote(sys.executable)
+    return {} if quoted == sys.executable else {"py_executable": quoted}
 
 
 def node_cpus(gpus: int) -> int:

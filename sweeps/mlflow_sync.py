@@ -6,8 +6,12 @@ written again, so a slow, absent or restarted server costs nothing but a later `
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import logging
 import os
+import platform
+import tempfile
 import threading
 import time
 from collections.abc import Iterable
@@ -23,12 +27,14 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from fastbp.record import SweepRecord, read_records, to_line
+from fastbp.record import SweepRecord, read_records
 from sweeps import mlflow_view as view
 from sweeps.mlflow_tree import History, Tree
 from sweeps.source import without_password
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # "Creating initial MLflow database tables..."
+RECORDS_FOLDER = "records"  # of the sweep's artifacts
+SMALL_BYTES = 1 << 20  # records up to this size are uploaded whenever they changed
 ENDS = {"finished": "FINISHED", "diverged": "FAILED", "failed": "FAILED", "stopped": "KILLED"}
 
 
@@ -56,6 +62,7 @@ class MlflowMirror:
         self._client = MlflowClient(tracking_uri=uri)
         self._experiment_id = ""
         self._known: dict[str, _Known] = {}
+        self._uploaded: dict[str, int] = {}  # tag of an uploaded file to the bytes of records in it
         self._lock = threading.Lock()
 
     def sync(self, *, final: bool = False, report: Path | None = None) -> int:
@@ -76,11 +83,12 @@ class MlflowMirror:
             if not tree.sweep.sweep:
                 return 0
             self._open(tree.sweep)
+            size = self.records.stat().st_size
             changed, parent = self._sweep(tree, final, report)
             for name, runs in tree.cells().items():
                 cell_changed, cell = self._cell(name, runs, parent, tree.sweep, final)
                 changed += cell_changed + sum(self._run(h, cell, tree.sweep, final) for h in runs)
-            return changed
+            return changed + self._upload_records(self._known[f"sweep/{tree.sweep.file_hash}"], size, final)
 
     def _open(self, sweep: SweepRecord) -> None:
         """Find the experiment and what it already holds of this sweep."""
@@ -127,7 +135,6 @@ class MlflowMirror:
         digest = f"{status} {len(statuses)}{f' {report.stat().st_mtime_ns}' if report else ''}"
         if known.state == digest or (report is None and known.state.startswith(f"{digest} ")):
             return 0, known.run_id
-        self._client.log_text(known.run_id, to_line(sweep), "sweep.jsonl")
         if report is not None:
             self._client.log_artifact(known.run_id, str(report))
         self._write(known, digest, view.sweep_metrics(tree.sweep, statuses, len(statuses)), view.sweep_params(sweep))
@@ -165,15 +172,41 @@ class MlflowMirror:
         metrics = view.epoch_metrics(run, history.epochs[known.epochs :])
         if run.status != "running":
             metrics += view.final_metrics(run)
-        if status != "RUNNING":
-            lines = "".join(to_line(record) for record in history.lines)
-            self._client.log_text(known.run_id, lines, "records.jsonl")
         extra = [RunTag(k, v) for k, v in view.end_tags(run).items()] + [
             RunTag("fastbp.epochs", str(len(history.epochs)))
         ]
         self._write(known, digest, metrics, view.run_params(run), extra)
         known.epochs = len(history.epochs)
         self._close(known, status, view.end_millis(run))
+        return 1
+
+    def _upload_records(self, known: _Known, size: int, final: bool) -> int:
+        """Attach the records as one file, from which the report can be made without this folder.
+
+        One artifact per run would take a request each to write and to read. The file is replaced where it changed:
+        always at the end and while it is small, otherwise when it grew by a tenth, so that all uploads together cost
+        ten of the last. Machines that share a sweep have a file each.
+
+        Args:
+            size: bytes of the records to upload; what is appended meanwhile waits for the next time.
+        """
+        place = f"{platform.node()}:{self.records.resolve()}"
+        name = f"records-{hashlib.sha256(place.encode()).hexdigest()[:8]}.jsonl.gz"
+        tag = f"fastbp.uploaded.{name}"
+        if tag not in self._uploaded:
+            self._uploaded[tag] = int(self._client.get_run(known.run_id).data.tags.get(tag, -1))
+        before = self._uploaded[tag]
+        if size == before or (not final and SMALL_BYTES < size < 1.1 * before):
+            return 0
+        with tempfile.TemporaryDirectory() as folder:
+            packed = Path(folder) / name
+            with self.records.open("rb") as source, packed.open("wb") as target:
+                with gzip.GzipFile("", "wb", compresslevel=3, fileobj=target, mtime=0) as stream:
+                    while (left := size - source.tell()) > 0 and (block := source.read(min(left, 1 << 20))):
+                        stream.write(block)
+            self._client.log_artifact(known.run_id, str(packed), RECORDS_FOLDER)
+        self._client.set_tag(known.run_id, tag, str(size))
+        self._uploaded[tag] = size
         return 1
 
     def _ensure(self, key: str, name: str, sweep: SweepRecord, tags: dict[str, str], start: int) -> _Known:

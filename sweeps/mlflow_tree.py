@@ -17,14 +17,12 @@ class History:
         run: the newest state of its newest attempt.
         epochs: of that attempt; where it continued from a checkpoint, with the epochs before.
         number: among the search trials of its arm, from 0.
-        lines: all its records, of every attempt, in order.
         earlier: the epochs of the attempt before.
     """
 
     run: RunRecord
     epochs: list[EpochRecord] = field(default_factory=list)
     number: int = 0
-    lines: list[Record] = field(default_factory=list)
     earlier: list[EpochRecord] = field(default_factory=list)
 
     def add_epoch(self, record: EpochRecord) -> None:
@@ -48,7 +46,6 @@ class Tree:
             elif isinstance(record, RunRecord):
                 tree._add_run(record)
             elif (known := tree.runs.get(record.run_key)) is not None:
-                known.lines.append(record)
                 if known.run.attempt == record.attempt:
                     known.add_epoch(record)
         return tree
@@ -61,7 +58,6 @@ class Tree:
         elif known.run.attempt != record.attempt:
             known.earlier, known.epochs = known.epochs, []
         known.run = record
-        known.lines.append(record)
 
     def cells(self) -> dict[str, list[History]]:
         """Cell name to its runs: `search ldb`, `ldb`, `ldb control`."""
