@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from reference import ddg as twin
 from torch import nn
 
 from fastbp import DDG, Backprop, Chain, LayerDropBack, Residual, as_chain
 from fastbp.chain import Add, AddReLU, Replace, ShortcutAdd
 from fastbp.nets import vit_tiny
+from reference import ddg as twin
 
 cross_entropy = nn.functional.cross_entropy
 MODES = ["stash", "mixed", "replay"]

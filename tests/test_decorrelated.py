@@ -6,7 +6,6 @@ import pickle
 
 import pytest
 import torch
-from reference import decorrelated as twin
 from torch import nn
 
 from fastbp import DDG, Backprop, DecorrelatedBP
@@ -18,6 +17,7 @@ from fastbp.methods.decorrelated import (
     top_eigenvalue,
     update_direction,
 )
+from reference import decorrelated as twin
 
 F64 = torch.float64
 cross_entropy = nn.functional.cross_entropy

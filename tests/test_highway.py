@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from reference import highway as twin
 from torch import nn
 
 from fastbp import Chain, HighwayBP, Residual
 from fastbp.chain import Add, AddReLU, Replace, ShortcutAdd
 from fastbp.nets import cifar_resnet, vit_tiny
+from reference import highway as twin
 
 
 class Bias(nn.Module):

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from reference import layerdropback as twin
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbp import Backprop, DecorrelatedBP, HighwayBP, LayerDropBack
 from fastbp.methods.layerdropback import _prefix_mask, dropped_mask, prefix_top
 from fastbp.units import droppable_units, head_parameters
+from reference import layerdropback as twin
 
 cross_entropy = nn.functional.cross_entropy
 

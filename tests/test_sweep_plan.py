@@ -4,10 +4,10 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from sweep_files import TOY, ended, plan_of
 
 from fastbp import LayerDropBack
 from fastbp.nets import make_model
+from sweep_files import TOY, ended, plan_of
 from sweeps.drive import newest_checkpoint, open_ledger
 from sweeps.ledger import Ledger, config_of
 from sweeps.source import SweepError

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
-from sweep_files import TOY, ended, plan_of
 
+from sweep_files import TOY, ended, plan_of
 from sweeps.ledger import Ledger
 from sweeps.searcher import ArmSearcher, ListSearcher
 from sweeps.studies import ArmStudy
