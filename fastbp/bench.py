@@ -78,7 +78,8 @@ def step_seconds(
         estimator = method.bind(net, recipe.make_loss())
         estimator.start_epoch(2)
         candidates[name] = _stepper(estimator, recipe.make_optimizer(net.parameters()), x, y, steps)
-    return interleaved(candidates, rounds, device)
+    with recipe.precision_context(device):
+        return interleaved(candidates, rounds, device)
 
 
 def _stepper(estimator: Any, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor, steps: int):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 import platform
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -67,7 +69,13 @@ def train(
     writer = RecordWriter(out) if out else None
     if writer:
         writer.write(run.start_record())
-    record = _drive(run, writer, quiet=as_json)
+    try:
+        record = _drive(run, writer, quiet=as_json)
+    except BaseException as error:  # also an interrupt: what was measured stays on record
+        if writer:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            writer.write(run.end("stopped" if interrupted else "failed", str(error) or type(error).__name__))
+        raise
     if as_json:
         sys.stdout.write(to_line(record))
     else:
@@ -188,10 +196,10 @@ def doctor() -> None:
             module = importlib.import_module(part)
             table.add_row(part, getattr(module, "__version__", "installed"))
         except ModuleNotFoundError:
-            table.add_row(part, f"not installed: pip install 'fastbp[{extra}]'")
+            table.add_row(part, escape(f"not installed: pip install 'fastbp[{extra}]'"))
         except Exception as error:
             broken += 1
-            table.add_row(part, f"[red]fails to import[/red]: {error}")
+            table.add_row(part, f"[red]fails to import[/red]: {escape(str(error))}")
     console.print(table)
     if broken:
         console.print(
@@ -244,8 +252,9 @@ def _split_settings(settings: list[str]) -> dict[str, dict[str, Any]]:
 
 def main() -> None:
     """Entry point: errors of the user's input are one sentence and exit code 2."""
+    sys.path.append(os.getcwd())  # methods and models of the user's own, `my_pkg.sign:SignGrad`
     try:
         app()
     except (ValueError, TypeError, ImportError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

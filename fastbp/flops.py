@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbp.method import GradientEstimator
 
-_COUNTED_STEPS = 2
-_MORE_STEPS = 8  # where two steps differ: a random mask
+_COUNTED_PERIODS = 2
+_MORE_PERIODS = 8  # where two differ: a random mask
 
 
 def step_flops(estimator: GradientEstimator, x: Tensor, y: Tensor) -> float | None:
@@ -29,10 +29,14 @@ def step_flops(estimator: GradientEstimator, x: Tensor, y: Tensor) -> float | No
     """
     if any(isinstance(module, nn.RNNBase) for module in estimator.model.modules()):
         return None  # recurrent kernels are opaque to the dispatcher
-    counts = [_count(estimator, x, y) for _ in range(_COUNTED_STEPS)]
-    if len(set(counts)) > 1:
-        counts += [_count(estimator, x, y) for _ in range(_MORE_STEPS)]
-    return sum(counts) / len(counts) or None
+    periods = [_period(estimator, x, y) for _ in range(_COUNTED_PERIODS)]
+    if len(set(periods)) > 1:
+        periods += [_period(estimator, x, y) for _ in range(_MORE_PERIODS)]
+    return sum(periods) / len(periods) / estimator.period or None
+
+
+def _period(estimator: GradientEstimator, x: Tensor, y: Tensor) -> int:
+    return sum(_count(estimator, x, y) for _ in range(estimator.period))
 
 
 def _count(estimator: GradientEstimator, x: Tensor, y: Tensor) -> int:

@@ -112,9 +112,13 @@ class GradientEstimator(ABC):
 
     Attributes:
         model: the user's object; what to optimise, evaluate and save.
+        period: steps after which the work of a step repeats, so that its cost can be averaged.
+        latency: steps until every parameter gets its first gradient.
     """
 
     model: nn.Module
+    period: int = 1  # steps after which the work of a step repeats
+    latency: int = 0  # steps until every parameter gets its first gradient
 
     @abstractmethod
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -158,6 +162,7 @@ class WrappingEstimator(GradientEstimator):
     def __init__(self, method: Method, inner: GradientEstimator) -> None:
         self.method = method
         self.inner = inner
+        self.period, self.latency = inner.period, inner.latency
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]
@@ -223,6 +228,17 @@ def ablations(method: Method) -> list[Method]:
     """All 2^n sub-combinations of a combination of n methods, the whole first, plain backprop last."""
     whole = parts(method)
     return [nest(compress(whole, keep)) for keep in product((True, False), repeat=len(whole))]
+
+
+def reseed(method: Method, seed: int) -> Method:
+    """The same combination with random choices of its own for every run: `seed` is mixed into every field `seed`.
+
+    Seed 0 changes nothing. Equal on every rank of a distributed run, as it depends on the two numbers alone.
+    """
+    return nest(
+        replace(part, seed=part.seed + 1_000_003 * seed) if any(f.name == "seed" for f in fields(part)) else part  # type: ignore[attr-defined,call-arg]
+        for part in parts(method)
+    )
 
 
 def method_from_dict(data: dict[str, Any]) -> Method:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
@@ -123,6 +124,16 @@ class Recipe:
             return torch.optim.SGD(parameters, momentum=self.momentum, nesterov=nesterov, foreach=True, **common)
         kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
         return kind(parameters, betas=(self.momentum, 0.999), fused=True, **common)
+
+    def precision_context(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Autocast for `bfloat16`, nothing otherwise; may stay open over optimizer steps.
+
+        Weights are cast at every use: autocast's cache lives until its block ends, and would go on serving the weights
+        of before the optimizer's step.
+        """
+        if self.precision == "bfloat16":
+            return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        return nullcontext()
 
     def make_loss(self) -> Loss:
         return Loss(self.label_smoothing)

@@ -98,7 +98,7 @@ class RunRecord(Seconds):
     energy_joules: float | None = None
     exclusive: bool = False  # alone on its device: only then may the seconds be compared
     resumed: bool = False  # continued from a checkpoint: seconds are never drawn
-    device: dict[str, Any] = field(default_factory=dict)  # type, name, count, threads, memory_bytes
+    device: dict[str, Any] = field(default_factory=dict)  # type, name, threads; cores or uuid and memory_bytes
     software: dict[str, Any] = field(default_factory=dict)  # python, torch, cuda, fastbp, precision flags
     git_commit: str | None = None
     git_dirty: bool | None = None

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any
@@ -28,7 +28,7 @@ from fastbp.energy import energy_reader
 from fastbp.environment import device_fingerprint, git_state, software_fingerprint
 from fastbp.flops import step_flops
 from fastbp.knobs import coerce_fields, nearest
-from fastbp.method import EpochPlan, GradientEstimator, Method, method_from_dict
+from fastbp.method import EpochPlan, GradientEstimator, Method, method_from_dict, reseed
 from fastbp.methods import Backprop
 from fastbp.nets import make_model
 from fastbp.recipe import Recipe
@@ -163,7 +163,7 @@ class Run:
         self.loss_fn = recipe.make_loss()
         self.pristine = copy.deepcopy(model)  # warm-up and counting happen on it
         with seeded(self.device, _mixed(seed)):
-            self.estimator = self.method.bind(model, self.loss_fn)
+            self.estimator = reseed(self.method, seed).bind(model, self.loss_fn)
         self.optimizer = recipe.make_optimizer(self.estimator.model.parameters())
 
     @property
@@ -211,7 +211,7 @@ class Run:
         """The loop that is timed; returns the mean loss over the epoch's examples and the first learning rate."""
         estimator, optimizer, recipe = self.estimator, self.optimizer, self.recipe
         final = self.epoch == recipe.epochs - 1
-        batches = self.data.steps(batch_size)
+        batches = per_epoch = self.data.steps(batch_size)
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         first_lr = recipe.lr_at(self.epoch) * lr_scale
         estimator.model.train()
@@ -221,17 +221,18 @@ class Run:
         joules = self.energy()
         with (
             seeded(self.device, _mixed(self.config.seed, self.epoch)),
-            self._precision(),
+            self.recipe.precision_context(self.device),
             self.clock.segment("train"),
         ):
             for i, (x, y) in enumerate(order):
-                set_lr(optimizer, recipe.lr_at(self.epoch + i / batches) * lr_scale)
+                set_lr(optimizer, recipe.lr_at(self.epoch + i / per_epoch) * lr_scale)
                 optimizer.zero_grad(set_to_none=True)
                 loss = estimator.backward(x, y)
                 optimizer.step()
                 total += loss * len(y)
             for _ in estimator.drain(final=final):
                 optimizer.step()
+                batches += 1
         self._add_energy(joules)
         self.examples += len(self.data.train)
         self.steps += batches
@@ -240,34 +241,43 @@ class Run:
     def warm_up(self) -> None:
         """Run every kind of step that the method's plans ask for on a copy of the model, and count its FLOPs.
 
-        The run's own weights, buffers and random numbers are not touched.
+        Batches come through the same gather and augmentation as in training, in both sizes of an epoch. The run's own
+        weights, buffers and random numbers are not touched.
         """
         with self.clock.segment("warmup"), seeded(self.device, _mixed(self.config.seed)):
-            estimator = self.method.bind(self.pristine, self.loss_fn)
+            estimator = reseed(self.method, self.config.seed).bind(self.pristine, self.loss_fn)
             optimizer = self.recipe.make_optimizer(estimator.model.parameters())
             for epoch in range(self.recipe.epochs):
                 plan = estimator.start_epoch(epoch)
                 batch_size = _batch_size(self.recipe, plan.batch_scale)
                 kind = _kind(batch_size, plan)
-                if kind in self.flops:
-                    continue
-                x, y = self.data.dummy_batch(min(batch_size, len(self.data.train)))
-                with self._precision():
-                    for _ in range(_WARMUP_STEPS):
-                        optimizer.zero_grad(set_to_none=True)
-                        estimator.backward(x, y)
-                        optimizer.step()
-                    flops = step_flops(estimator, x, y)
-                self.flops[kind] = None if flops is None else flops / len(y)
+                if kind not in self.flops:
+                    with self.recipe.precision_context(self.device):
+                        self.flops[kind] = self._warm_up_kind(estimator, optimizer, batch_size)
+            estimator.finalize()
         self.warm = True
-        del self.pristine
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        del self.pristine, estimator, optimizer
+        gc.collect()  # hooks hold the copy in cycles, which would count as training memory
+
+    def _warm_up_kind(
+        self, estimator: GradientEstimator, optimizer: torch.optim.Optimizer, batch_size: int
+    ) -> float | None:
+        """Steps of one kind on the copy; returns FLOPs per example."""
+        x, y = next(iter(self.data.batches(batch_size, seed=0, epoch=0, augment=self.recipe.augment)))
+        short = len(self.data.train) - (self.data.steps(batch_size) - 1) * batch_size
+        for size in [*[len(y)] * (_WARMUP_STEPS + estimator.latency), min(short, len(y))]:
+            optimizer.zero_grad(set_to_none=True)
+            estimator.backward(x[:size], y[:size])
+            optimizer.step()
+        for _ in range(estimator.latency):  # no short batch is left in flight
+            estimator.backward(x, y)
+        flops = step_flops(estimator, x, y)
+        return None if flops is None else flops / len(y)
 
     def _evaluate_into(self, record: EpochRecord) -> None:
         last = self.done
         if last or self.epoch % self.recipe.eval_every_epochs == 0:
-            with self.clock.segment("eval"), self._precision():
+            with self.clock.segment("eval"), self.recipe.precision_context(self.device):
                 record.val_loss, record.val_accuracy = evaluate(self.estimator.model, self.data, "val", self.recipe)
                 if last:
                     _, record.test_accuracy = evaluate(self.estimator.model, self.data, "test", self.recipe)
@@ -351,11 +361,6 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.estimator.load_state_dict(state["estimator"])
         self.resumed = self.epoch > 0
-
-    def _precision(self) -> Any:
-        if self.recipe.precision == "bfloat16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
 
     def _peak_memory(self) -> int | None:
         if self.device.type != "cuda":

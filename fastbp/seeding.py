@@ -19,5 +19,6 @@ def seeded(device: torch.device, seed: int) -> Iterator[None]:
     with torch.random.fork_rng(cuda):
         torch.default_generator.manual_seed(seed)
         for place in cuda:
-            torch.cuda.default_generators[place.index or 0].manual_seed(seed)
+            index = torch.cuda.current_device() if place.index is None else place.index
+            torch.cuda.default_generators[index].manual_seed(seed)
         yield

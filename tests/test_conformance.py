@@ -71,6 +71,16 @@ def test_refused_pair_says_why(method):
     assert list(model.state_dict()) == keys, "a refused bind changed the model"
 
 
+def test_a_frozen_head_is_refused():
+    from fastbp.testing import small_net
+
+    model = small_net()
+    for parameter in model.head.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match="leave the head trainable"):
+        LayerDropBack().bind(model, nn.functional.cross_entropy)
+
+
 def test_every_ordered_pair_is_supported_or_refused():
     """The compatibility table: wrappers on anything; leaves on nothing."""
     for outer, inner in itertools.product(METHODS.values(), repeat=2):

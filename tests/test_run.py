@@ -174,11 +174,50 @@ def test_attention_is_counted_on_the_cpu():
     assert counter.total >= 3 * forward, f"counted {counter.total}, the forward alone has {forward}"
 
 
-def test_bfloat16_and_float64_train():
-    for precision in ("bfloat16", "float64"):
-        run = Run(RunConfig(TASK, Recipe(epochs=2, lr=0.02, precision=precision), DecorrelatedBP()))
-        records = finish(run)
-        assert records[-1].train_loss < records[0].train_loss, f"{precision}: loss did not fall"
+@pytest.mark.parametrize(
+    "method",
+    [Backprop(), LayerDropBack(), DecorrelatedBP(decor_lr=1e-3), HighwayBP(2), DDG(2), DDG(2, "replay")],
+    ids=str,
+)
+def test_bfloat16_follows_float32_within_an_epoch(method):
+    """Autocast must not go on serving the weights of before the optimizer's step."""
+    task = Task("digits", "mlp", data_args={"limit": 512}, model_args={"width": 16})
+    losses = {}
+    for precision in ("float32", "bfloat16", "float64"):
+        records = finish(Run(RunConfig(task, Recipe(epochs=1, batch_size=16, lr=0.02, precision=precision), method)))
+        losses[precision] = records[0].train_loss
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03), losses
+    assert losses["float64"] == pytest.approx(losses["float32"], rel=0.01), losses
+
+
+def test_every_run_seed_draws_its_own_masks():
+    def masks(seed):
+        run = Run(RunConfig(TASK, RECIPE, LayerDropBack(), seed=seed))
+        run.estimator.start_epoch(2)
+        return run.estimator._dropped()
+
+    assert masks(1) == masks(1)
+    assert len({tuple(masks(seed)) for seed in range(6)}) > 1, "all seeds share their masks"
+
+
+def test_flops_average_over_the_methods_period_and_a_full_pipeline():
+    every = [flops(DecorrelatedBP(interval=k))[0] for k in (1, 4, 16)]
+    assert every[0] > every[1] > every[2], every
+    update = (every[0] - every[1]) / 0.75
+    assert every[2] == pytest.approx(every[0] - update * 15 / 16), f"interval 16 is not 1/16 of the updates: {every}"
+    deep = Task("synthetic", "mlp", data_args={"n": 120}, model_args={"depth": 8, "width": 8})
+    counts = []
+    for method in (Backprop(), DDG(2), DDG(8)):
+        run = Run(RunConfig(deep, Recipe(epochs=1, lr=0.01), method))
+        finish(run)
+        counts.append(run.end().flops_executed)
+    assert counts[0] == counts[1] == counts[2], f"delays cost no arithmetic: {counts}"
+
+
+def test_steps_count_the_drain():
+    run = Run(RunConfig(TASK, Recipe(epochs=2, lr=0.02), DDG(3, drain="epoch")))
+    finish(run)
+    assert run.end().steps == 2 * (run.data.steps(64) + 2)
 
 
 def test_text_trains(tmp_path):

@@ -73,7 +73,7 @@ class MethodTrainable(tune.Trainable):
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
         began = time.perf_counter()
         with self.run.clock.segment("checkpoint"):
-            state = torch.load(Path(checkpoint_dir) / STATE_FILE, weights_only=True)
+            state = torch.load(Path(checkpoint_dir) / STATE_FILE, weights_only=True, map_location=self.run.device)
         self.run.load_state_dict(state)
         self._exclude(began)
 

@@ -10,7 +10,8 @@ Departs     `stash` (default) differentiates at the weights of the batch, as the
             used the current ones in part (`mixed`). `replay` recomputes the forward (features replay). Dropout is
             seeded by (module, step). A module that has nothing to apply yet takes no step at all.
 Not for     Speed on one device; momentum 0.9 at backprop's learning rate: the delay shrinks the stable step (from
-            1.36 to 0.25 over the curvature for Nesterov momentum at delay 1), so refit the learning rate per K.
+            1.36 to 0.25 over the curvature for Nesterov momentum at delay 1), so refit the learning rate per K;
+            `mixed` under autocast, where the saved casts turn it into `stash`.
 Reference   Huo, Gu, Yang, Huang (ICML 2018), arXiv:1804.10574.
 """
 
@@ -118,12 +119,12 @@ class _Entry:
 class _Module:
     """Module k of K with its queue of batches in flight."""
 
-    def __init__(self, k: int, net: nn.Sequential, method: DDG, seed: int) -> None:
+    def __init__(self, k: int, net: nn.Sequential, method: DDG, seed: int, device: torch.device) -> None:
         self.k, self.delay, self.net, self.seed = k, method.modules - 1 - k, net, seed
         self.mode = method.weights if self.delay else "now"
         self.counted = method.modules > 1  # seed dropout by (module, step); one module is plain backprop
         self.parameters: dict[str, nn.Parameter] = {}  # read when first used: an outer method may rename them
-        self.device = next((p.device for p in net.parameters()), torch.device("cpu"))
+        self.device = device
         self.queue: deque[_Entry] = deque()
 
     def forward(self, step: int, x: Tensor) -> Tensor:
@@ -237,7 +238,9 @@ class _DDG(GradientEstimator):
         self.method = method
         self.model = model
         self.loss_fn = loss_fn
-        self.modules = [_Module(k, net, method, torch.initial_seed()) for k, net in enumerate(nets)]
+        self.latency = len(nets) - 1
+        seed, device = torch.initial_seed(), next(model.parameters()).device
+        self.modules = [_Module(k, net, method, seed, device) for k, net in enumerate(nets)]
         self.step = 0
         self.inbox: list[Tensor | None] = [None] * len(nets)  # error signals made in the previous step
 

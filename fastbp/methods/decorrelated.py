@@ -16,6 +16,7 @@ Reference   Dalm, Offergeld, Ahmad, van Gerven (2024), arXiv:2405.02385.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -161,7 +162,10 @@ class Decorrelation(nn.Module):
             kappa: weight of the variance term: M = (1-kappa) offdiag(K) + kappa (diag(K) - I), K = mean of z z^T,
                 z = R x.
         """
-        self.D = self.D - decor_lr * update_direction(rows_GnF.to(self.D.dtype), self.D, kappa)  # graphs keep the old D
+        with torch.autocast(self.D.device.type, enabled=False):  # R is learnt in full precision, whatever the model's
+            self.D = self.D - decor_lr * update_direction(
+                rows_GnF.to(self.D.dtype), self.D, kappa
+            )  # graphs keep the old
 
 
 def update_direction(rows_GnF: Tensor, D: Tensor, kappa: float) -> Tensor:
@@ -235,6 +239,7 @@ class _DecorrelatedBP(WrappingEstimator):
         super().__init__(method, inner)
         self.layers = layers
         self.step = 0
+        self.period = math.lcm(self.period, method.interval)
         self.orders = {path: list(layer._parameters) for path, layer in layers.items()}
         self.kept: dict[str, list[Tensor]] = {}
         self.chosen: dict[int, Tensor] = {}  # this step's sample, by number of rows
@@ -260,7 +265,8 @@ class _DecorrelatedBP(WrappingEstimator):
                 rows = torch.cat([input_rows(layer, kept) for kept in inputs], dim=1)
                 matrix = decorrelation_of(layer)
                 if path not in self.top:
-                    self.top[path] = top_eigenvalue(rows.to(matrix.D.dtype))
+                    with torch.autocast(rows.device.type, enabled=False):
+                        self.top[path] = top_eigenvalue(rows.to(matrix.D.dtype))
                 matrix.whiten(rows, self.method.decor_lr, self.method.kappa)
         finally:
             self.sampling = False

@@ -75,12 +75,19 @@ class _Tape:
         self.z_in = self.z.detach().requires_grad_()
         self.h = block.merge(self.skip, self.z_in)
 
-    def through_merge(self, w: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The products w K and w d merge/d z; None where the merge does not read that argument."""
+    def along_merge(self, w: Tensor) -> Tensor:
+        """w K: past the branch; zero where the merge does not read the block's input."""
         if type(self.block.merge) is Add:
-            return w, w
-        skip, dz = torch.autograd.grad(self.h, (self.skip, self.z_in), w, retain_graph=True, allow_unused=True)
-        return skip, dz
+            return w
+        (dx,) = torch.autograd.grad(self.h, self.skip, w, retain_graph=True, allow_unused=True)
+        return torch.zeros_like(self.skip) if dx is None else dx
+
+    def into_branch(self, w: Tensor) -> Tensor | None:
+        """w d merge/dz: at the branch's output; None where the merge does not read it."""
+        if type(self.block.merge) is Add:
+            return w
+        (dz,) = torch.autograd.grad(self.h, self.z_in, w, retain_graph=True, allow_unused=True)
+        return dz
 
     def through_branch(self, dz: Tensor) -> Tensor:
         """The product dz d branch / d x."""
@@ -118,7 +125,7 @@ class _HighwayBP(GradientEstimator):
         w = highway_gradients(tapes, last.grad, self.method.iterations, self.method.gamma)
         for tape, w_i in zip(tapes, w[1:], strict=True):
             if _trainable(tape.block):
-                tape.accumulate(w_i, tape.through_merge(w_i)[1])
+                tape.accumulate(w_i, tape.into_branch(w_i))
         if h0.requires_grad:
             h0.backward(w[0])
         return loss.detach()
@@ -151,16 +158,16 @@ def highway_gradients(tapes: list[_Tape], g: Tensor, iterations: int, gamma: flo
 
 
 def _keep(tape: _Tape, w: Tensor, gamma: float) -> Tensor:
-    """The product w (1-gamma) K."""
-    skip, _ = tape.through_merge(w)
-    return torch.zeros_like(tape.skip) if skip is None else skip if gamma == 0 else (1 - gamma) * skip
+    """w (1-gamma) K."""
+    kept = tape.along_merge(w)
+    return kept if gamma == 0 else (1 - gamma) * kept
 
 
 def _cross(tape: _Tape, w: Tensor, gamma: float) -> Tensor:
-    """The product w (J + gamma K)."""
-    skip, dz = tape.through_merge(w)
+    """w (J + gamma K)."""
+    dz = tape.into_branch(w)
     crossed = torch.zeros_like(tape.x) if dz is None else tape.through_branch(dz)
-    return crossed if skip is None or gamma == 0 else crossed + gamma * skip
+    return crossed if gamma == 0 else crossed + gamma * tape.along_merge(w)
 
 
 def _trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -11,8 +11,9 @@ Departs     Learning rate times exactly 1/(1-p) (the authors' code: 2, or 1/(1-p
             (seed, epoch, step, unit); default unit `layer`, the authors' code drops single tensors (`tensor`).
             `prefix` is not in the paper: one random cut per step, everything below it is dropped; each kept unit's
             gradient is scaled by 1/(1-p_l), at most 4, instead of the learning rate.
-Not for     Saving memory; compute-bound training where 8 % is not worth the noise; torch.compile of a whole model
-            (every mask recompiles).
+Not for     Gradient accumulation (every backward draws a mask and clears what it drops); saving memory;
+            compute-bound training where 8 % is not worth the noise; torch.compile of a whole model (every mask
+            recompiles).
 Reference   Hershkovitch Neiterman, Ben-Artzi (2024), arXiv:2412.18027.
 """
 
@@ -28,7 +29,7 @@ from fastbp.knobs import Choice, Uniform, require
 from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method, WrappingEstimator, parts
 from fastbp.methods.backprop import Backprop
 from fastbp.methods.ddg import DDG
-from fastbp.units import droppable_units
+from fastbp.units import droppable_units, head_parameters
 
 _STEPS_AT_ONCE = 64  # masks are drawn for this many steps in one vectorised call
 _PREFIX_CAP = 4.0  # largest gradient scale of a `prefix` unit
@@ -76,6 +77,12 @@ class LayerDropBack(Method):
                 "DDG's are of older ones; use another unit"
             )
         droppable_units(model, self.unit)  # refuses before the inner method touches the model
+        head = head_parameters(model)
+        if not any(p.requires_grad for p in model.parameters() if id(p) in head):
+            raise ValueError(
+                f"LayerDropBack: the head of this {type(model).__name__} is frozen, so a step that drops every unit "
+                "would have nothing to differentiate; leave the head trainable"
+            )
         return _LayerDropBack(self, self.inner.bind(model, loss_fn))
 
     def exact(self, model: nn.Module) -> Method | None:
