@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from analysis.errors import ReportError
+from analysis.frames import where
 from analysis.load import Results
 from analysis.measured import Arm, Group
 from analysis.statistics import Estimate, ratio_estimate, time_to_target
@@ -167,7 +168,7 @@ def _target_ratio(group: Group, arm: Arm, results: Results) -> Estimate:
     baseline = group.baseline_of(arm)
     if baseline is None:
         return Estimate()
-    target = float(baseline.timed["val_accuracy"].mean())
+    target = float(baseline.timed["val_accuracy"].to_numpy(dtype=float).mean())
     seeds = [seed for seed in arm.timed.index if seed in baseline.timed.index]
     times = [[_reach(results, one.timed.loc[seed, "run_key"], target) for seed in seeds] for one in (arm, baseline)]
     if any(t == float("inf") for side in times for t in side):
@@ -176,8 +177,8 @@ def _target_ratio(group: Group, arm: Arm, results: Results) -> Estimate:
 
 
 def _reach(results: Results, key: Any, target: float) -> float:
-    epochs = results.epochs[results.epochs["run_key"] == key].sort_values("epoch")
-    return time_to_target(epochs["train_seconds"], epochs["val_accuracy"], target)
+    epochs = where(results.epochs, results.epochs["run_key"] == key).sort_values(by="epoch")
+    return time_to_target(epochs["train_seconds"].to_numpy(), epochs["val_accuracy"].to_numpy(), target)
 
 
 _MEASURES: dict[str, Callable[[Group, Arm, Results], Estimate]] = {

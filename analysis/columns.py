@@ -41,6 +41,9 @@ SWEEP_COLUMNS = ("sweep", "arms", "search_trials", "seeds", "measure_cells", "ta
 
 WHOLE = ("attempt", "seed", "epoch")  # numbers that are never null
 
+MAX_SECONDS = 1e15  # beyond it a number is no measurement but an overflow, and is read as unknown
+MAX_NUMBER = 1e30
+
 ACCURACIES = ("val_accuracy", "best_val_accuracy", "test_accuracy")
 
 READ = {

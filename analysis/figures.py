@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from analysis.frames import cells, known, where
-from analysis.labels import Style
+from analysis.attainment import band
+from analysis.curves import epochs_of, learning_curves
+from analysis.frames import known, where
+from analysis.knobs import Knob, figure_names, running_median
+from analysis.labels import Style, shortened
 from analysis.measured import Arm, Group
+from analysis.profiles import FACTORS, Profile
 from analysis.tables import front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+MAX_FACTOR = 4.0
 _RC: Any = {
     "svg.hashsalt": "fastbp",
     "text.parse_math": False,
@@ -32,6 +39,8 @@ _RC: Any = {
     "legend.frameon": False,
 }
 
+MAX_POINTS = 500  # of a drawn curve
+
 
 def figures(group: Group, epochs: pd.DataFrame, styles: dict[str, Style]) -> Iterator[tuple[str, bytes]]:
     """File names and contents of the figures of one group; none where nothing was measured."""
@@ -41,20 +50,81 @@ def figures(group: Group, epochs: pd.DataFrame, styles: dict[str, Style]) -> Ite
         ("pareto", lambda a: _pareto(a, group, styles)),
         ("curves", lambda a: _curves(a, group, epochs, styles)),
     ):
-        with matplotlib.rc_context(_RC), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font lacks
-            figure = Figure(figsize=(7, 4.4), layout="constrained")
-            axes = figure.subplots()
+        yield from _saved(f"{name}-{group.slug}", group.title, [draw])
+
+
+def knob_figures(knobs: Iterable[Knob], styles: dict[str, Style]) -> Iterator[tuple[str, bytes]]:
+    """File names and contents of one figure for each searched arm, one panel for each numeric knob."""
+    for name, own in figure_names(knobs).items():
+        first = own[0]
+        draws = [partial(_knob, knob=knob, style=styles[knob.family]) for knob in own]
+        yield from _saved(name, f"{first.sweep}/{first.arm}" if first.sweep else first.arm, draws)
+
+
+def profile_figure(found: Profile, styles: dict[str, Style]) -> Iterator[tuple[str, bytes]]:
+    """Performance profile: share of the tasks within a factor of the best, with the band of the samples."""
+
+    def draw(axes: Axes) -> None:
+        factors = np.unique(np.concatenate([np.geomspace(1, MAX_FACTOR, 49), FACTORS]))
+        shares = [found.share(float(factor)) for factor in factors]
+        for j, (name, arms) in enumerate(found.arms.items()):
+            color = styles[arms[0].family].light
+            own = [share[j] for share in shares]
+            low, high = ([e.low or 0.0 for e in own], [e.high or 0.0 for e in own])
+            axes.fill_between(factors, low, high, step="post", color=color, alpha=0.12, linewidth=0)
+            axes.step(factors, [e.value or 0.0 for e in own], where="post", color=color, label=f" {name}")
+        axes.set(xscale="log", xlim=(1, MAX_FACTOR), ylim=(-0.02, 1.02))
+        axes.set_xticks([f for f in (1, 1.25, 1.5, 2, 3, 4) if f <= MAX_FACTOR])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.set_xlabel("time to target over the best method's")
+        axes.set_ylabel("share of tasks")
+        _legend(axes)
+
+    yield from _saved("profiles", f"{len(found.tasks)} tasks", [draw])
+
+
+def _saved(name: str, title: str, draws: Sequence[Callable[[Axes], None]]) -> Iterator[tuple[str, bytes]]:
+    """The panels side by side as PNG and SVG, without dates and random ids."""
+    with matplotlib.rc_context(_RC), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font lacks
+        columns = min(len(draws), 3)
+        rows = -(-len(draws) // columns)
+        figure = Figure(figsize=(7, 4.4) if len(draws) == 1 else (3.4 * columns, 3 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, draw in zip(panels, draws, strict=False):
             draw(axes)
-            axes.set_title(group.title, loc="left", fontsize=10)
-            for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-                out = io.BytesIO()
-                figure.savefig(out, format=suffix, dpi=160, metadata=metadata)
-                yield f"{name}-{group.slug}.{suffix}", out.getvalue()
+        for axes in panels[len(draws) :]:
+            axes.set_visible(False)
+        panels[0].set_title(shortened(title, 90), loc="left", fontsize=10)
+        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+            out = io.BytesIO()
+            figure.savefig(out, format=suffix, dpi=160, metadata=metadata)
+            figure.set_layout_engine("none")  # the places that were found hold for the other format
+            yield f"{name}.{suffix}", out.getvalue()
+
+
+def _knob(axes: Axes, knob: Knob, style: Style) -> None:
+    """Trials as points with their running median, measured runs hollow."""
+    if knob.is_log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    shown = np.isfinite(knob.measured)
+    axes.plot(knob.values, 100 * knob.accuracy, style.marker, color=style.light, alpha=0.7, label="trials")
+    axes.plot(knob.values, 100 * running_median(knob.accuracy), color=style.light, linewidth=1.4, label="median")
+    if shown.any():
+        axes.plot(
+            knob.measured[shown], 100 * knob.measured_accuracy[shown], style.marker,
+            color=style.light, markerfacecolor="white", label="measured",
+        )  # fmt: skip
+    axes.set_xlabel(knob.name.removeprefix("recipe."))
+    axes.set_ylabel("validation accuracy (%)")
+    axes.legend(fontsize=7, frameon=True, framealpha=0.7, edgecolor="none")
 
 
 def _pareto(axes: Axes, group: Group, styles: dict[str, Style]) -> None:
-    """Points with 95 % intervals; controls hollow; the front as a step line."""
+    """Points with 95 % intervals; controls hollow; the front as a step line; the band of the seeds' fronts."""
     for arm in group.arms:
         seconds, accuracy = group.seconds(arm), group.accuracy(arm)
         if seconds.value is None or accuracy.value is None:
@@ -72,9 +142,20 @@ def _pareto(axes: Axes, group: Group, styles: dict[str, Style]) -> None:
             markersize=7,
             linewidth=1,
             capsize=2,
-            label=f" {arm.name}",  # matplotlib leaves out names that begin with an underscore
+            label=f" {shortened(arm.name)}",  # matplotlib leaves out names that begin with an underscore
         )
     (right, bottom), (x, y) = (axes.get_xlim()[1], axes.get_ylim()[0]), steps(group)
+    outline, middle = band(group, right, bottom / 100)
+    if outline:
+        axes.fill(
+            *(100 * np.array(outline) / [100, 1]).T,
+            color="#7a828e",
+            alpha=0.14,
+            linewidth=0,
+            zorder=0,
+            label="seeds’ fronts",
+        )
+        axes.plot(*(100 * np.array(middle) / [100, 1]).T, color="#7a828e", linewidth=0.9, linestyle="--", zorder=1)
     if x:  # what lies below and to the right of the line is dominated
         corners = [x[0], *x, right], [bottom, *(100 * np.array(y)), 100 * y[-1]]
         axes.plot(*corners, color="#7a828e", linewidth=1.2, zorder=1, label="front")
@@ -107,8 +188,8 @@ def _curves(axes: Axes, group: Group, epochs: pd.DataFrame, styles: dict[str, St
     """One thin line per run, one thick line per arm."""
     for arm in group.arms:
         style, hollow = styles[arm.family], arm.role == "control"
-        for run in run_curves(arm, epochs):
-            axes.plot(run["train_seconds"], 100 * run["val_accuracy"], color=style.light, linewidth=0.6, alpha=0.35)
+        runs = [run * (1, 100) for run in run_curves(arm, epochs)]
+        axes.add_collection(LineCollection(runs, colors=style.light, linewidths=0.6, alpha=0.35))
         mean = mean_curve(arm, epochs)
         axes.plot(
             mean["train_seconds"],
@@ -116,7 +197,7 @@ def _curves(axes: Axes, group: Group, epochs: pd.DataFrame, styles: dict[str, St
             color=style.light,
             linewidth=1.8,
             linestyle="--" if hollow else "-",
-            label=f" {arm.name}",  # matplotlib leaves out names that begin with an underscore
+            label=f" {shortened(arm.name)}",  # matplotlib leaves out names that begin with an underscore
         )
     axes.set_xlabel("training time (s)")
     axes.set_ylabel("validation accuracy (%)")
@@ -129,19 +210,28 @@ def _legend(axes: Axes) -> None:
         axes.legend(handles, names, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
-def run_curves(arm: Arm, epochs: pd.DataFrame) -> list[pd.DataFrame]:
-    """Evaluated epochs of each timed run of an arm."""
-    own = where(epochs, epochs["run_key"].isin(arm.timed["run_key"]) & known(epochs["val_accuracy"]))
-    return [part for _, part in cells(own, ["run_key"])]
+def run_curves(arm: Arm, epochs: pd.DataFrame) -> list[np.ndarray]:
+    """(evaluations, 2) seconds and validation accuracy of each timed run of an arm, thinned to what can be seen."""
+    curves = learning_curves(epochs, arm.timed["run_key"]).values()
+    points = [np.column_stack([curve.seconds, curve.accuracy]) for curve in curves]
+    points = [p[~np.isnan(p[:, 1])] for p in points]
+    return [p[_thinned(len(p))] for p in points if len(p)]
 
 
 def mean_curve(arm: Arm, epochs: pd.DataFrame) -> pd.DataFrame:
     """Mean seconds and mean validation accuracy over the runs, per epoch that all of them evaluated."""
-    runs = run_curves(arm, epochs)
-    if not runs:
-        return pd.DataFrame({"epoch": [], "train_seconds": [], "val_accuracy": []})
-    parts = [part for _, part in cells(pd.concat(runs), ["epoch"]) if len(part) == len(runs)]
-    return pd.DataFrame([part[["epoch", "train_seconds", "val_accuracy"]].mean() for part in parts])
+    own, keys = epochs_of(epochs, arm.timed["run_key"])
+    evaluated = known(own["val_accuracy"])
+    own, runs = where(own, evaluated), len(np.unique(keys.codes[evaluated]))
+    cells = own.groupby("epoch")
+    means = pd.DataFrame(cells[["train_seconds", "val_accuracy"]].mean())
+    means = where(means, cells.size() == runs).reset_index()
+    return means.iloc[_thinned(len(means))]
+
+
+def _thinned(n: int) -> np.ndarray:
+    """Indices of at most MAX_POINTS of n points, the ends among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, MAX_POINTS)).round().astype(int))
 
 
 def _bars(value: float, low: float | None, high: float | None) -> np.ndarray:

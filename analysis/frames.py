@@ -22,7 +22,8 @@ def where(frame: pd.DataFrame, mask: Any) -> pd.DataFrame:
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as dictionaries."""
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+    names = [str(name) for name in frame.columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*(frame[name].tolist() for name in names), strict=True)]
 
 
 def count(mask: Any) -> int:
@@ -32,4 +33,5 @@ def count(mask: Any) -> int:
 
 def known(values: Iterable[Any]) -> np.ndarray:
     """(n,) mask of the values that are numbers."""
-    return ~np.isnan(np.asarray(list(values), dtype=float))
+    plain = values if isinstance(values, pd.Series | np.ndarray) else list(values)
+    return ~np.isnan(np.asarray(plain, dtype=float))

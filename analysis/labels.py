@@ -40,7 +40,7 @@ def family(method: dict[str, Any]) -> str:
     names: list[str] = []
     part: Any = method
     while isinstance(part, dict) and part:
-        names.append(str(part.get("method", "unknown")))
+        names.append(str(part.get("method") or "unknown"))
         part = part.get("inner")
     if len(names) > 1 and names[-1] == "bp":
         names.pop()
@@ -96,9 +96,17 @@ def plain(value: Any) -> str:
     return value if isinstance(value, str) else canonical(value)
 
 
+def shortened(name: str, length: int = 60) -> str:
+    """A name for where there is little room: a long one without its middle."""
+    return name if len(name) <= length else f"{name[: length // 2]}…{name[-(length // 2 - 1) :]}"
+
+
 def canonical(value: Any) -> str:
     """JSON independent of key order."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(value)
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def task_label(task: dict[str, Any], *, full: bool = False) -> str:
@@ -110,11 +118,15 @@ def task_label(task: dict[str, Any], *, full: bool = False) -> str:
 
 def stratum(device: dict[str, Any], software: dict[str, Any]) -> str:
     """Hardware and software that must agree before seconds are compared."""
-    name = str(device.get("name") or device.get("type") or "unknown device")
+    name = shortened(" ".join(str(device.get("name") or device.get("type") or "unknown device").split()))
     kind = str(device.get("type") or "unknown")
     count, threads = device.get("count"), device.get("threads")
     text = name if kind.lower() in name.lower() else f"{name} ({kind})"
     text += f" ×{count}" if isinstance(count, int) and count > 1 else ""
     text += f", {threads} thread{'' if threads == 1 else 's'}" if threads is not None else ""
     text += f", torch {software.get('torch') or 'of unknown version'}"
-    return text + (f", CUDA {software['cuda']}" if software.get("cuda") else "")
+    text += f", CUDA {software['cuda']}" if software.get("cuda") else ""
+    if software.get("matmul_precision") not in (None, "highest"):  # torch's defaults go without saying
+        text += f", {software['matmul_precision']} matmul precision"
+    text += ", cuDNN benchmark" if software.get("cudnn_benchmark") else ""
+    return text + (", deterministic" if software.get("deterministic") else "")

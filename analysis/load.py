@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from analysis import columns
+from analysis.checks import checked_numbers, checked_run, checked_sweep
 from analysis.errors import ReportError
+from analysis.labels import canonical
+from analysis.sources import Batch, batches, found_files, printable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Results:
     """Everything that was read.
 
     Attributes:
         runs: one row per run_key, the last line of its last attempt; columns as in `analysis.columns`.
-        epochs: one row per (run_key, epoch) of that attempt, sorted; `train_seconds` is cumulative.
+        epochs: one row per (run_key, epoch) of that attempt, sorted; `train_seconds` is cumulative; `run_key` is
+            categorical.
         sweeps: the last sweep record of every sweep name.
         problems: what was wrong with the input but could be read around, one sentence each.
     """
@@ -32,198 +38,218 @@ class Results:
     problems: list[str]
 
 
-@dataclass
-class _Lines:
-    """Record lines by kind; `where` names file and line of each, parallel to the lists."""
+def load(sources: Iterable[str | Path], *, tracking_uri: str | None = None) -> Results:
+    """Read records from folders, files (`.jsonl`, also gzipped) and `mlflow:EXPERIMENT`, in any number and order.
 
-    runs: list[dict[str, Any]] = field(default_factory=list)
-    runs_where: list[str] = field(default_factory=list)
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    epochs_where: list[tuple[str, int]] = field(default_factory=list)
-    sweeps: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    A run that several files tell, as copies do, is one run: its highest attempt holds, and of that an end, the
+    one that ended last.
 
-
-def load(sources: Iterable[str | Path]) -> Results:
-    """Read records from folders (recursively, `records*.jsonl`), files, or `mlflow:EXPERIMENT`.
+    Args:
+        tracking_uri: of the experiments; default MLFLOW_TRACKING_URI, else the sqlite store of the current folder.
 
     Raises:
         ReportError: a source does not exist or has no runs, or a line is not a record of this schema.
     """
-    lines = _Lines()
-    seen: set[Path] = set()
-    for source in sources:
-        for path, name in _files(source, lines.problems):
-            if path.resolve() not in seen:
-                seen.add(path.resolve())
-                _read_file(path, name, lines)
-    if not lines.runs:
+    sources = list(sources)
+    problems: list[str] = []
+    runs, epochs, sweeps, unknown = Runs(), Epochs(), Sweeps(), Counter[str]()
+    with found_files(sources, tracking_uri, problems) as files:
+        for number, file in enumerate(files):
+            for batch in batches(file, problems):
+                runs.add(batch, number, unknown)
+                epochs.add(batch, number, unknown)
+                sweeps.add(batch)
+            runs.end_file()
+        problems += runs.conflicts([file.name for file in files])
+    if not runs.held:
         names = ", ".join(str(s) for s in sources)
         raise ReportError(f"{names}: there is no run in the records, so there is nothing to report")
-    return _results(lines)
+    problems += [
+        f"{name} is infinite or absurdly large in {count} records and is read as unknown"
+        for name, count in unknown.items()
+    ]
+    frame, orphans = epochs.frame(runs.held)
+    if orphans:
+        problems.append(f"{orphans} epochs belong to no run in the records and are left out")
+    return Results(runs.frame(), frame, sweeps.last(), sorted(set(problems)))
 
 
-def _files(source: str | Path, problems: list[str]) -> Iterator[tuple[Path, str]]:
-    """Files of a source and the short name each has in messages."""
-    if str(source).startswith("mlflow:"):
-        from analysis.mlflow_source import downloaded_records
+@dataclass
+class Telling:
+    """What one file says of one run: the line that holds there.
 
-        yield from downloaded_records(str(source).removeprefix("mlflow:"), problems)
-        return
-    path = Path(source)
-    if path.is_file():
-        yield path, path.name
-    elif path.is_dir():
-        found = sorted(path.rglob("records*.jsonl"))
-        if not found:
-            raise ReportError(f"{source}: the folder has no file records*.jsonl; give the folder that a sweep wrote")
-        for file in found:
-            yield file, file.relative_to(path).as_posix()
-    else:
-        raise ReportError(f"{source}: no such file or folder (a tracked experiment is given as mlflow:NAME)")
+    Attributes:
+        rank: (attempt, whether it ended); the highest holds.
+        file: number of the file.
+        line: number of the line in it.
+    """
 
+    values: dict[str, Any]
+    rank: tuple[int, bool]
+    file: int
+    line: int
 
-def _read_file(path: Path, name: str, lines: _Lines) -> None:
-    """Append the records of a file; a last line without newline that is not JSON was cut short by a crash."""
-    try:
-        parts = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ReportError(f"{path}: cannot be read ({error.strerror})") from error
-    for number, part in enumerate(parts, 1):
-        if not part.strip():
-            continue
-        try:
-            data = json.loads(part)
-        except (ValueError, RecursionError) as error:
-            if number == len(parts):
-                lines.problems.append(f"{name}:{number}: the last line was cut short and is left out")
-                return
-            raise ReportError(f"{path}:{number}: not a line of JSON; repair or remove the line") from error
-        _add(data, f"{path}:{number}", name, number, lines)
+    @property
+    def among_files(self) -> tuple[Any, ...]:
+        """What decides between files; the values themselves, so that no order of files does."""
+        return (*self.rank, self.values["ended_at"], canonical(self.values))
 
 
-def _add(data: Any, where: str, name: str, number: int, lines: _Lines) -> None:
-    kind = data.get("kind") if isinstance(data, dict) else None
-    if kind not in columns.READ:
-        raise ReportError(f"{where}: record of kind {kind!r}; expected run, epoch or sweep")
-    version = data.get("schema_version")
-    if version != columns.SCHEMA_VERSION:
-        raise ReportError(
-            f"{where}: schema_version is {version!r}, but this version of fastbp-report reads "
-            f"{columns.SCHEMA_VERSION}; install the version that wrote the records"
-        )
-    kept = {column: data.get(column) for column in columns.READ[kind]}
-    if kind == "run":
-        lines.runs.append(kept)
-        lines.runs_where.append(where)
-    elif kind == "epoch":
-        lines.epochs.append(kept)
-        lines.epochs_where.append((where.rpartition(":")[0], number))
-    else:
-        lines.sweeps.append(_checked_sweep(kept, where))
+@dataclass
+class Runs:
+    """The line that holds of each run, as files are read one after another.
 
+    Attributes:
+        key: what a line is about, of which one line is held.
+        held: by that key.
+    """
 
-def _checked_sweep(sweep: dict[str, Any], where: str) -> dict[str, Any]:
-    """A sweep record with its lists checked."""
-    for column, kind in (("arms", str), ("seeds", int), ("targets", int | float)):
-        values = sweep[column] or []
-        if not isinstance(values, list) or not all(isinstance(v, kind) and not isinstance(v, bool) for v in values):
-            raise ReportError(
-                f"{where}: {column} is {values!r}, expected a list of {getattr(kind, '__name__', 'numbers')}"
+    key: Callable[[dict[str, Any]], Any] = itemgetter("run_key")
+    held: dict[Any, Telling] = field(default_factory=dict)
+    _in_file: dict[Any, Telling] = field(default_factory=dict)
+    _differing: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, batch: Batch, file: int, unknown: Counter[str]) -> None:
+        found = batch.kinds["run"]
+        rows = [checked_run(batch, i) for i in found]
+        for name in columns.RUN_NUMBERS:
+            values = checked_numbers(name, [row[name] for row in rows], lambda i: batch.where(found[i]), unknown)
+            for row, value in zip(rows, values.tolist(), strict=True):
+                row[name] = value
+        for i, row in zip(found, rows, strict=True):
+            new = Telling(row, (row["attempt"], row["status"] != "running"), file, batch.numbers[i])
+            key = self.key(row)
+            known = self._in_file.get(key)
+            if known is None or new.rank >= known.rank:
+                self._in_file[key] = new
+
+    def end_file(self) -> None:
+        """Let what the file says compete with what earlier files said."""
+        for key, new in self._in_file.items():
+            known = self.held.get(key)
+            if known is None or new.rank > known.rank:
+                self.held[key] = new
+            elif new.rank == known.rank:
+                order = known.among_files, new.among_files
+                if order[0] != order[1] and new.rank[1]:
+                    self._differing[new.values["run_key"]] = (known.file, new.file)
+                if order[1] > order[0]:
+                    self.held[key] = new
+        self._in_file = {}
+
+    def conflicts(self, names: list[str]) -> Iterator[str]:
+        """Ends of one attempt that differ between files, in one sentence."""
+        if self._differing:
+            key, pair = min(self._differing.items())
+            first, second = (names[file] for file in pair)
+            yield (
+                f"{len(self._differing)} runs end differently in several files (such as {key} in {first} and "
+                f"{second}); the end that came last is used"
             )
-        sweep[column] = values
-    for column in ("search_trials", "measure_cells"):
-        if not isinstance(sweep[column] or 0, int):
-            raise ReportError(f"{where}: {column} is {sweep[column]!r}, expected a whole number")
-        sweep[column] = sweep[column] or 0
-    sweep["sweep"], sweep["started_at"] = str(sweep["sweep"] or ""), str(sweep["started_at"] or "")
-    return sweep
+
+    def frame(self) -> pd.DataFrame:
+        """One row per run, sorted by what a reader looks for."""
+        rows = [telling.values for telling in self.held.values()]
+        frame = pd.DataFrame({name: [row[name] for row in rows] for name in columns.READ["run"] if name in rows[0]})
+        for name in columns.RUN_NUMBERS:
+            frame[name] = frame[name].astype("int64" if name in columns.WHOLE else "float64")
+        for name in columns.RUN_TEXTS:
+            frame[name] = frame[name].astype("str")
+        for name in columns.RUN_MAPPINGS:
+            frame[name] = pd.Series(_shared([row[name] for row in rows]), index=frame.index, dtype=object)
+        order = ["sweep", "phase", "arm", "role", "seed", "run_key"]
+        return frame.sort_values(order, ignore_index=True)
 
 
-def _results(lines: _Lines) -> Results:
-    runs = pd.DataFrame(lines.runs, columns=list(columns.READ["run"]))
-    problems = [*lines.problems]
-    _check_runs(runs, lines.runs_where, problems)
-    runs = _holding(runs)
-
-    epochs = pd.DataFrame(lines.epochs, columns=list(columns.READ["epoch"]))
-
-    def where_epoch(i: int) -> str:
-        return "{}:{}".format(*lines.epochs_where[i])
-
-    _numbers(epochs, columns.EPOCH_NUMBERS, where_epoch, problems)
-    epochs = epochs.merge(runs[["run_key", "attempt"]], on=["run_key", "attempt"], how="inner")
-    epochs = epochs.drop_duplicates(["run_key", "epoch"], keep="last")
-    epochs = epochs.sort_values(["run_key", "epoch"], ignore_index=True)
-
-    sweeps = {s["sweep"]: s for s in sorted(lines.sweeps, key=lambda s: s["started_at"])}
-    return Results(runs, epochs, [sweeps[name] for name in sorted(sweeps)], problems)
+def _shared(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same values, equal ones as one object: thousands of runs share a task, a device, a recipe."""
+    seen: dict[str, dict[str, Any]] = {}
+    return [seen.setdefault(canonical(value), value) for value in values]
 
 
-def _holding(runs: pd.DataFrame) -> pd.DataFrame:
-    """The row of each run_key that holds: of its highest attempt an end if there is one, the last line."""
-    ended = runs["status"] != "running"
-    order = runs.assign(_ended=ended, _line=np.arange(len(runs)))
-    order = order.sort_values(["run_key", "attempt", "_ended", "_line"]).drop_duplicates("run_key", keep="last")
-    order = order.sort_values(["sweep", "phase", "arm", "role", "seed", "run_key"], ignore_index=True)
-    return order.drop(columns=["_ended", "_line"])
+@dataclass
+class Epochs:
+    """Columns of all epochs that were read, in pieces; `codes` number the run keys in order of appearance."""
+
+    codes: dict[str, int] = field(default_factory=dict)
+    _pieces: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
+
+    def add(self, batch: Batch, file: int, unknown: Counter[str]) -> None:
+        found = batch.kinds["epoch"]
+        if not found:
+            return
+        records = batch.records if len(found) == len(batch.records) else [batch.records[i] for i in found]
+        keys = [record.get("run_key") for record in records]
+        for key in set(map(type, keys)) - {str}:
+            i = next(i for i, value in enumerate(keys) if type(value) is key)
+            raise ReportError(f"{batch.where(found[i])}: run_key is {keys[i]!r:.80}, expected str")
+        codes = self.codes
+        piece: dict[str, NDArray[Any]] = {
+            "code": np.array([codes.setdefault(str(key), len(codes)) for key in keys], dtype="int32"),
+            "file": np.full(len(found), file, dtype="int32"),
+            "line": np.array(batch.numbers, dtype="int32")[found],
+        }
+        for name in columns.EPOCH_NUMBERS:
+            values = [record.get(name) for record in records]
+            piece[name] = checked_numbers(name, values, lambda i: batch.where(found[i]), unknown)
+        for name, array in piece.items():
+            self._pieces.setdefault(name, []).append(array)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """`code`, `file`, `line` and the numbers of all epochs in the order read; hands them over."""
+        return {name: np.concatenate(self._pieces.pop(name)) for name in list(self._pieces)}
+
+    def frame(self, held: dict[str, Telling]) -> tuple[pd.DataFrame, int]:
+        """Epochs of the attempts that hold, sorted by run and epoch, and how many epochs belong to no run.
+
+        Of an epoch that is told twice, the file of the run's own line holds, in it the last line.
+        """
+        keys = sorted(held)
+        place = {key: i for i, key in enumerate(keys)}
+        found = self.columns()
+        if not found:
+            empty = {name: [] for name in columns.EPOCH_NUMBERS}
+            return _epoch_frame(empty, np.empty(0, dtype="int32"), keys), 0
+        found.pop("line")
+        place_of_code = np.array([place.get(printable(key), -1) for key in self.codes], dtype="int32")
+        run = place_of_code[found.pop("code")]
+        orphans = int(np.count_nonzero(run < 0))
+        attempt = np.array([held[key].rank[0] for key in keys], dtype="int64")
+        mine = (run >= 0) & (found["attempt"] == attempt[run])
+        own_file = np.array([held[key].file for key in keys], dtype="int32")
+        run, found = run[mine], {name: values[mine] for name, values in found.items()}
+        order = np.lexsort((found.pop("file") == own_file[run], found["epoch"], run))
+        run, epoch = run[order], found["epoch"][order]
+        last = is_last(run, epoch)
+        order = order[last]
+        return _epoch_frame({name: values[order] for name, values in found.items()}, run[last], keys), orphans
 
 
-def _check_runs(runs: pd.DataFrame, where: list[str], problems: list[str]) -> None:
-    """Check and convert all columns in place."""
-    _numbers(runs, columns.RUN_NUMBERS, where.__getitem__, problems)
-    for column in columns.RUN_TEXTS:
-        runs[column] = [_typed(v, str, "", column, at) for v, at in zip(runs[column], where, strict=True)]
-    for column in columns.RUN_FLAGS:
-        runs[column] = [_typed(v, bool, False, column, at) for v, at in zip(runs[column], where, strict=True)]
-    for column in columns.RUN_MAPPINGS:
-        values = [_typed(v, dict, {}, column, at) for v, at in zip(runs[column], where, strict=True)]
-        runs[column] = pd.Series(values, index=runs.index, dtype=object)
-    allowed = {"status": columns.STATUSES, "phase": columns.PHASES, "role": columns.ROLES}
-    for column, values in allowed.items():
-        for value, at in zip(runs[column], where, strict=True):
-            if value not in values:
-                raise ReportError(f"{at}: {column} is {value!r}, expected one of {', '.join(values)}")
-    for key, at in zip(runs["run_key"], where, strict=True):
-        if not key:
-            raise ReportError(f"{at}: run_key is empty; every run needs its key")
+def is_last(*columns: NDArray[Any]) -> NDArray[np.bool_]:
+    """(n,) which rows of sorted columns are followed by a different one."""
+    last = np.ones(len(columns[0]), dtype=bool)
+    last[:-1] = np.logical_or.reduce([column[1:] != column[:-1] for column in columns])
+    return last
 
 
-def _typed(value: Any, kind: type, default: Any, column: str, where: str) -> Any:
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return default
-    if not isinstance(value, kind):
-        raise ReportError(f"{where}: {column} is {value!r}, expected {kind.__name__}")
-    return value
+def _epoch_frame(values: dict[str, Any], run: NDArray[np.int32], keys: list[str]) -> pd.DataFrame:
+    frame = pd.DataFrame({name: values[name] for name in columns.EPOCH_NUMBERS})
+    for name in columns.EPOCH_NUMBERS:
+        frame[name] = frame[name].astype("int64" if name in columns.WHOLE else "float64")
+    frame["run_key"] = pd.Categorical.from_codes(run, categories=pd.Index(keys, dtype="str"))
+    return frame
 
 
-def _plain(number: float) -> str:
-    return "null" if np.isnan(number) else f"{number:g}"
+@dataclass
+class Sweeps:
+    """Sweep records in the order in which they were read."""
 
+    found: list[dict[str, Any]] = field(default_factory=list)
 
-def _numbers(frame: pd.DataFrame, names: Iterable[str], where: Any, problems: list[str]) -> None:
-    """Convert columns to float64 in place, null to NaN; infinities become NaN and are reported."""
-    for name in names:
-        values = frame[name]
-        if values.dtype == object or not pd.api.types.is_numeric_dtype(values) or values.dtype == bool:
-            for i, value in enumerate(values):
-                if isinstance(value, bool) or not (value is None or isinstance(value, int | float)):
-                    raise ReportError(f"{where(i)}: {name} is {value!r}, expected a number or null")
-        array = values.astype("float64").to_numpy(copy=True)
-        infinite = np.isinf(array)
-        if infinite.any():
-            problems.append(f"{name} is infinite in {infinite.sum()} records and is read as unknown")
-            array[infinite] = np.nan
-        if name in columns.ACCURACIES and ((array < 0) | (array > 1)).any():
-            i = int(np.flatnonzero((array < 0) | (array > 1))[0])
-            raise ReportError(f"{where(i)}: {name} is {array[i]:g}, expected a fraction in [0, 1]")
-        if name.endswith("_seconds") and (array < 0).any():
-            i = int(np.flatnonzero(array < 0)[0])
-            raise ReportError(f"{where(i)}: {name} is {array[i]:g}, expected a time of at least 0")
-        if name in columns.WHOLE:
-            odd = np.flatnonzero(~(np.isfinite(array) & (array == np.floor(array))))
-            if odd.size:
-                raise ReportError(
-                    f"{where(int(odd[0]))}: {name} is {_plain(float(array[odd[0]]))}, expected a whole number"
-                )
-        frame[name] = array.astype("int64") if name in columns.WHOLE else array
+    def add(self, batch: Batch) -> None:
+        self.found += [checked_sweep(batch, i) for i in batch.kinds["sweep"]]
+
+    def last(self) -> list[dict[str, Any]]:
+        """Of every name the one that started last; of those the one read last."""
+        by_name = {sweep["sweep"]: sweep for sweep in sorted(self.found, key=lambda s: s["started_at"])}
+        return [by_name[name] for name in sorted(by_name)]

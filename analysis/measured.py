@@ -14,7 +14,7 @@ from analysis import labels
 from analysis.errors import ReportError
 from analysis.frames import cells, count, known, where
 from analysis.load import Results
-from analysis.statistics import Estimate, generator, mean_estimate, median_estimate
+from analysis.statistics import Estimate, mean_estimate, median_estimate
 
 ROLE_ORDER = {"baseline": 0, "method": 1, "control": 2}
 
@@ -42,11 +42,23 @@ class Arm:
 
     def at(self, column: str, seeds: Iterable[int]) -> np.ndarray:
         """(seeds,) values of a column, NaN for a seed without a timed run."""
-        return self.timed[column].reindex(list(seeds)).to_numpy(dtype=float)
+        places = self.timed.index.get_indexer(pd.Index(list(seeds), dtype="int64"))
+        values = np.append(self.timed[column].to_numpy(dtype=float), np.nan)  # -1, not found, is the last
+        return values[places]
 
     @property
     def n(self) -> int:
         return len(self.timed)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the methods in the combination, outermost first; none for plain backprop."""
+        return tuple(name for name in self.family.split("+") if name != "bp")
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The recipe's settings by dotted name."""
+        return {k: v for k, v in self.values.items() if k.startswith("recipe.")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +99,7 @@ class Group:
         """The arm's control: same sweep, arm name and recipe."""
         found = [a for a in self.arms if a.role == "control" and a.sweep == arm.sweep and a.arm == arm.arm]
         found = [a for a in found if a.n]
-        same = [a for a in found if _recipe(a.values) == _recipe(arm.values)]
+        same = [a for a in found if a.recipe == arm.recipe]
         return (same or found or [None])[0]
 
     @lru_cache(maxsize=512)  # noqa: B019  a handful of groups per report
@@ -96,7 +108,7 @@ class Group:
 
     @lru_cache(maxsize=512)  # noqa: B019
     def seconds(self, arm: Arm) -> Estimate:
-        return median_estimate(arm.timed["train_seconds"], generator("seconds", self.title, arm.name))
+        return median_estimate(arm.timed["train_seconds"])
 
 
 def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Group]:
@@ -193,7 +205,3 @@ def _place(key: Any, order: dict[tuple[str, str], int]) -> tuple[Any, ...]:
     sweep, arm, role, setting = key
     first = 0 if role == "baseline" else 1
     return sweep, first, order.get((sweep, arm), len(order)), arm, ROLE_ORDER[role], setting
-
-
-def _recipe(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in values.items() if k.startswith("recipe.")}

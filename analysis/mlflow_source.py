@@ -1,8 +1,10 @@
-"""Records out of an MLflow experiment: each tracked run carries its own record lines as an artifact."""
+"""Records out of an MLflow experiment: every tracked sweep carries the records of all its runs as artifacts."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,80 +12,107 @@ from typing import Any
 
 from analysis.errors import ReportError
 
-RUN_KEY_TAG = "fastbp.run_key"
 LEVEL_TAG = "fastbp.level"
-RUN_ARTIFACT = "records.jsonl"
-SWEEP_ARTIFACT = "sweep.jsonl"
+FOLDER = "records"  # of a sweep's artifacts: one file per machine that synced it
 
 
-def tracking_uri() -> str:
-    """`MLFLOW_TRACKING_URI`, or the sqlite store that a sweep makes in the current folder.
+def split_uri(experiment: str, tracking_uri: str | None) -> tuple[str, str]:
+    """Name and tracking URI of `NAME` or `NAME@URI`.
 
-    Raises:
-        ReportError: neither is there.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if uri:
-        return uri
-    path = Path.cwd() / "mlruns.db"
-    if not path.exists():
-        raise ReportError(f"{path}: no MLflow store; run in the folder of the sweep or set MLFLOW_TRACKING_URI")
-    return f"sqlite:///{path}"
-
-
-def downloaded_records(experiment: str, problems: list[str]) -> Iterator[tuple[Path, str]]:
-    """Record files of an experiment and their names; the files live until the iterator is exhausted.
+    >>> split_uri("demo@http://127.0.0.1:5000", None)
+    ('demo', 'http://127.0.0.1:5000')
 
     Raises:
-        ReportError: no mlflow, no store, no such experiment, or no run of ours in it.
+        ReportError: there is no URI, and no store where one would be expected.
     """
+    found = re.fullmatch(r"(.*?)@([A-Za-z][\w+.-]*:/.*)", experiment, re.DOTALL)
+    name, uri = found.groups() if found else (experiment, tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))
+    if not uri:
+        uri = f"sqlite:///{Path.cwd() / 'mlruns.db'}"
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///").partition("?")[0]).is_file():
+        raise ReportError(
+            f"{uri.removeprefix('sqlite:///')}: no MLflow store; run in the folder of the sweep, "
+            "or name the store with --tracking-uri"
+        )
+    return name, uri
+
+
+@contextlib.contextmanager
+def downloaded_records(
+    experiment: str, tracking_uri: str | None, problems: list[str]
+) -> Iterator[list[tuple[Path, str]]]:
+    """Record files of an experiment and their names; the files live as long as the context.
+
+    Args:
+        experiment: `NAME` or `NAME@URI`.
+
+    Raises:
+        ReportError: no mlflow, no store, no such experiment, or no sweep of ours in it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        yield list(_downloaded(experiment, tracking_uri, Path(folder), problems))
+
+
+def _downloaded(
+    experiment: str, tracking_uri: str | None, folder: Path, problems: list[str]
+) -> Iterator[tuple[Path, str]]:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    name, uri = split_uri(experiment, tracking_uri)
     try:
         import mlflow
-        from mlflow.exceptions import MlflowException
     except ImportError as error:
-        raise ReportError(f"mlflow:{experiment}: needs the package mlflow (pip install 'fastbp[sweep]')") from error
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+        raise ReportError(f"mlflow:{name}: needs the package mlflow (pip install 'fastbp[sweep]')") from error
     try:
-        client = mlflow.MlflowClient(tracking_uri=tracking_uri())
-        found = client.get_experiment_by_name(experiment)
+        client = mlflow.MlflowClient(tracking_uri=uri)
+        found = client.get_experiment_by_name(name)
         if found is None:
-            known = ", ".join(sorted(e.name for e in client.search_experiments()))
-            raise ReportError(f"mlflow:{experiment}: no such experiment; there are: {known}")
-        wanted = [(run, artifact) for run in _runs(client, found.experiment_id) if (artifact := _artifact(run))]
-        if not wanted:
-            raise ReportError(f"mlflow:{experiment}: the experiment has no run written by a sweep of this project")
-        with tempfile.TemporaryDirectory() as folder:
-            for run, artifact in wanted:
-                yield from _download(client, run, artifact, Path(folder), problems)
-    except MlflowException as error:
-        reason = str(error).splitlines()[0]
-        raise ReportError(f"mlflow:{experiment}: the tracking store answers: {reason}") from error
+            known = ", ".join(sorted(e.name for e in client.search_experiments(max_results=50)))
+            raise ReportError(f"mlflow:{name}: no such experiment; there are: {known}")
+        sweeps = _sweeps(client, found.experiment_id)
+        if not sweeps:
+            raise ReportError(f"mlflow:{name}: the experiment has no sweep of this project")
+        for i, sweep in enumerate(sweeps):
+            target = folder / str(i)
+            target.mkdir()
+            yield from _records(client, sweep, target, problems)
+    except ReportError:
+        raise
+    except Exception as error:  # whatever a store, a database driver or a network may raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ReportError(f"mlflow:{name}: the tracking store answers: {_without_password(reason)}") from error
 
 
-def _runs(client: Any, experiment_id: str) -> list[Any]:
-    """All active runs, by run id."""
+_SETTINGS = {
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # an absent server: seconds, not minutes
+}
+
+
+def _sweeps(client: Any, experiment_id: str) -> list[Any]:
+    """The tracked sweeps of an experiment, by run id."""
     runs: list[Any] = []
     token = None
     while True:
-        page = client.search_runs([experiment_id], max_results=1000, page_token=token)
+        page = client.search_runs([experiment_id], f"tags.`{LEVEL_TAG}` = 'sweep'", max_results=1000, page_token=token)
         runs += page
         token = page.token
         if not token:
             return sorted(runs, key=lambda run: run.info.run_id)
 
 
-def _artifact(run: Any) -> str | None:
-    tags = run.data.tags
-    if tags.get(RUN_KEY_TAG):
-        return RUN_ARTIFACT
-    return SWEEP_ARTIFACT if tags.get(LEVEL_TAG) == "sweep" else None
+def _records(client: Any, sweep: Any, folder: Path, problems: list[str]) -> Iterator[tuple[Path, str]]:
+    """The record files of one sweep."""
+    run_id = sweep.info.run_id
+    name = sweep.info.run_name or run_id
+    files = [item.path for item in client.list_artifacts(run_id, FOLDER) if not item.is_dir]
+    if not files:
+        problems.append(f"{name}: the tracked sweep has no records and is left out; mend it with fastbp-sweep sync")
+    for file in sorted(files):
+        yield Path(client.download_artifacts(run_id, file, str(folder))), f"{name}/{file}"
 
 
-def _download(client: Any, run: Any, artifact: str, folder: Path, problems: list[str]) -> Iterator[tuple[Path, str]]:
-    target = folder / run.info.run_id
-    target.mkdir()
-    name = run.data.tags.get(RUN_KEY_TAG) or run.info.run_name or run.info.run_id
-    if all(item.path != artifact for item in client.list_artifacts(run.info.run_id)):
-        problems.append(f"{name}: the tracked run has no artifact {artifact} and is left out")
-        return
-    yield Path(client.download_artifacts(run.info.run_id, artifact, str(target))), f"{name}/{artifact}"
+def _without_password(text: str) -> str:
+    return re.sub(r"://[^/@\s]*@", "://", text)

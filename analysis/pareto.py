@@ -7,12 +7,13 @@ Shapes: k points (arms); n seeds. Seconds are minimised, accuracy is maximised.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import moocore
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from analysis.statistics import LEVEL, RESAMPLES, Estimate, resampled
+from analysis.statistics import LEVEL, RESAMPLES, Estimate, bootstrap_t_estimate, resampled
 
 
 def pareto_front(seconds: ArrayLike, accuracy: ArrayLike) -> NDArray[np.bool_]:
@@ -65,13 +66,24 @@ def resampled_points(
     """
     times, scores = np.asarray(seconds, dtype=float), np.asarray(accuracy, dtype=float)
     drawn = resampled(len(times), rng, resamples)
+    return centres(times[drawn], scores[drawn])
+
+
+def centres(seconds: ArrayLike, accuracy: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Median seconds and mean accuracy over the seeds, axis -2 of (..., n, k); NaN are left out."""
+    times, scores = np.asarray(seconds, dtype=float), np.asarray(accuracy, dtype=float)
+    if not (np.isnan(times).any() or np.isnan(scores).any()):
+        return np.median(times, axis=-2), scores.mean(axis=-2)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "All-NaN slice|Mean of empty slice", RuntimeWarning)
-        return np.nanmedian(times[drawn], axis=1), np.nanmean(scores[drawn], axis=1)
+        return np.nanmedian(times, axis=-2), np.nanmean(scores, axis=-2)
 
 
 def front_membership(
-    seconds: ArrayLike, accuracy: ArrayLike, rng: np.random.Generator, resamples: int = RESAMPLES
+    seconds: ArrayLike,
+    accuracy: ArrayLike,
+    rng: np.random.Generator,
+    resamples: int = RESAMPLES,
 ) -> NDArray[np.float64]:
     """Share of bootstrap samples of the seeds in which each arm is on the front.
 
@@ -84,35 +96,70 @@ def front_membership(
     times = np.asarray(seconds, dtype=float)
     if len(times) < 2:
         return np.full(times.shape[1], np.nan)
-    samples = zip(*resampled_points(seconds, accuracy, rng, resamples), strict=True)
-    return np.mean([pareto_front(t, a) for t, a in samples], axis=0)
+    return fronts(*resampled_points(seconds, accuracy, rng, resamples)).mean(axis=0)
 
 
-def hypervolume_estimate(
+def fronts(seconds: NDArray[np.float64], accuracy: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """`pareto_front` of every row at once: (m, k) coordinates to (m, k) masks."""
+    known = np.isfinite(seconds) & np.isfinite(accuracy)
+    beaten = np.zeros_like(known)
+    for j in range(seconds.shape[1]):
+        t, a = seconds[:, j, None], accuracy[:, j, None]
+        with np.errstate(invalid="ignore"):
+            better = (t <= seconds) & (a >= accuracy) & ((t < seconds) | (a > accuracy))
+        beaten |= known[:, j, None] & better
+    return known & ~beaten
+
+
+def hypervolumes(
+    seconds: NDArray[np.float64], accuracy: NDArray[np.float64], worst: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """`hypervolume` of every row at once, with the reference (worst seconds of the row, accuracy 0).
+
+    Args:
+        seconds, accuracy: (m, k).
+        worst: (m,) seconds of the reference points.
+    """
+    known = np.isfinite(seconds) & np.isfinite(accuracy)
+    times = np.where(known, np.minimum(seconds, worst[:, None]), worst[:, None])
+    order = np.argsort(times, axis=1, kind="stable")
+    times = np.take_along_axis(times, order, axis=1)
+    heights = np.take_along_axis(np.where(known, accuracy, 0.0), order, axis=1)
+    widths = np.diff(times, axis=1, append=worst[:, None])
+    return (widths * np.maximum.accumulate(heights, axis=1).clip(min=0)).sum(axis=1)
+
+
+def relative_volume(
     seconds: ArrayLike,
     accuracy: ArrayLike,
-    reference: tuple[float, float],
+    base: int,
     rng: np.random.Generator,
     *,
     level: float = LEVEL,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """Hypervolume of the arms' (median seconds, mean accuracy), with a bootstrap interval over the seeds.
+    """Hypervolume of the arms' centres over that of one arm alone, with an interval over the seeds.
+
+    The reference point is twice that arm's median seconds and accuracy 0, drawn anew with every sample: the
+    interval contains what is not known about the reference itself. It is made on the log scale.
 
     Args:
         seconds, accuracy: (n, k) as in `resampled_points`.
+        base: column of the arm in whose units the volume is.
     """
     times, scores = np.asarray(seconds, dtype=float), np.asarray(accuracy, dtype=float)
-    n = len(times)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN slice|Mean of empty slice", RuntimeWarning)
-        value = hypervolume(np.nanmedian(times, axis=0), np.nanmean(scores, axis=0), reference)
-    if n < 2:
-        return Estimate(value, n=n)
-    samples = zip(*resampled_points(times, scores, rng, resamples), strict=True)
-    volumes = [hypervolume(t, a, reference) for t, a in samples]
-    low, high = np.quantile(volumes, ((1 - level) / 2, (1 + level) / 2))
-    return Estimate(value, float(low), float(high), n)
+    centre = centres(times[None], scores[None])
+    value = _log_volume(centre[0], centre[1], base)[0]
+    drawn = _log_volume(*resampled_points(times, scores, rng, resamples), base)
+    found = bootstrap_t_estimate(float(value), drawn, len(times), level=level).exp()
+    return found if found.low is None else replace(found, low=max(found.low, 1.0))  # it contains its own base
+
+
+def _log_volume(seconds: NDArray[np.float64], accuracy: NDArray[np.float64], base: int) -> NDArray[np.float64]:
+    """(m,) log of the volume relative to that of column `base`; NaN where the base has none."""
+    own = seconds[:, base] * accuracy[:, base]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(own > 0, np.log(hypervolumes(seconds, accuracy, 2 * seconds[:, base]) / own), np.nan)
 
 
 def _minimised(seconds: ArrayLike, accuracy: ArrayLike) -> NDArray[np.float64]:

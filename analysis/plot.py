@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
+from analysis.attainment import band, group_surfaces
+from analysis.comparisons import speed_up
 from analysis.figures import mean_curve, steps
 from analysis.measured import Arm, Group
 from analysis.statistics import Estimate
 from analysis.table import Column, text
-from analysis.tables import front, speed_up
+from analysis.tables import front
 
 LABELLED = 14  # with more points, names are left to the legend and the pointer
 
@@ -58,14 +60,20 @@ class Plot:
     y: Axis
     marks: tuple[Mark, ...]
     line: str = ""
+    band: str = ""
+    band_line: str = ""
 
 
 def pareto_plot(group: Group, width: int, height: int) -> Plot:
     """Accuracy against time of all arms that have both, with the front."""
     shown = [a for a in group.arms if group.seconds(a).value is not None and group.accuracy(a).value is not None]
     seconds, scores = [group.seconds(a) for a in shown], [group.accuracy(a) for a in shown]
-    x = axis([v for e in seconds for v in ends(e)], (64, width - 24), "training time (s), median")
-    percents = [100 * v for e in scores for v in ends(e)]
+    surfaces = group_surfaces(group) or ()
+    edge = [corner for surface in surfaces for corner in surface.corners.tolist()]
+    x = axis(
+        [v for e in seconds for v in ends(e)] + [s for s, _ in edge], (64, width - 24), "training time (s), median"
+    )
+    percents = [100 * v for e in scores for v in ends(e)] + [100 * a for _, a in edge]
     y = axis(percents, (height - 48, 16), f"{group.accuracy_name} (%), mean")
     on_front = front(group)
     marks: list[Mark] = []
@@ -78,7 +86,9 @@ def pareto_plot(group: Group, width: int, height: int) -> Plot:
     corners = [(x(s), y(100 * a)) for s, a in zip(*steps(group), strict=True)]
     if corners:  # what lies below and to the right of the line is dominated
         corners = [(corners[0][0], y.start), *corners, (x.end, corners[-1][1])]
-    return Plot(group.title, width, height, x, y, tuple(_labelled(marks, width)), _path(corners))
+    outline, middle = ([(x(s), y(100 * a)) for s, a in line] for line in band(group, x.high, y.low / 100))
+    shown_marks = tuple(_labelled(marks, width))
+    return Plot(group.title, width, height, x, y, shown_marks, _path(corners), _path(outline), _path(middle))
 
 
 def curve_plot(group: Group, epochs: pd.DataFrame, width: int, height: int) -> Plot:

@@ -5,17 +5,27 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis import counts, plot, table, tables
+from analysis.attainment import attainment_table
+from analysis.claims import claim_table, load_claims
+from analysis.comparisons import comparison_table
+from analysis.equal import equal_accuracy_table
 from analysis.errors import ReportError
-from analysis.figures import figures
+from analysis.factorial import ablation_table, factorial_table
+from analysis.figures import figures, knob_figures, profile_figure
+from analysis.knobs import Knob, figure_names, knob_table, knobs
 from analysis.labels import Style, styles
 from analysis.load import Results, load
 from analysis.measured import Group, left_out, measured_groups
+from analysis.profiles import Profile, profile_table, profiled
+from analysis.response import Response, responses
 from analysis.summary import Answer, answer
+from analysis.targets import target_table
 
 WIDE, NARROW = (860, 460), (380, 380)  # pixels of the plots on a desk and on a phone
 
@@ -52,34 +62,57 @@ class Report:
 
     results: Results
     sections: list[Section]
+    across: list[table.Table]
     overview: list[table.Table]
+    knobs: list[Knob]
+    profile: Profile | None
     excluded: dict[str, int]
     styles: dict[str, Style]
 
+    @cached_property
+    def responses(self) -> list[Response]:
+        """Small plots of accuracy against each knob."""
+        return responses(self.knobs)
 
-def build(sources: Iterable[str | Path], *, allow_mixed: bool = False) -> Report:
+    @property
+    def knob_figures(self) -> list[str]:
+        """Names of the figures of knobs, without suffix."""
+        return list(figure_names(self.knobs))
+
+
+def build(sources: Iterable[str | Path], *, allow_mixed: bool = False, tracking_uri: str | None = None) -> Report:
     """Read and compute everything, write nothing.
 
     Raises:
         ReportError: the sources cannot be read or may not be compared.
     """
-    results = load(list(sources))
+    results = load(sources, tracking_uri=tracking_uri)
     groups = measured_groups(results, allow_mixed=allow_mixed)
-    overview = [counts.summary_table(results), counts.search_table(results)]
+    found, profile = list(knobs(results)), profiled(groups, results)
+    overview = [counts.summary_table(results), counts.search_table(results), knob_table(found)]
     return Report(
         results,
         [_section(group, results) for group in groups],
+        [profile_table(profile)] if profile else [],
         [t for t in overview if t.rows],
+        found,
+        profile,
         left_out(results, groups),
-        styles(arm.family for group in groups for arm in group.arms),
+        styles([*(arm.family for group in groups for arm in group.arms), *(knob.family for knob in found)]),
     )
 
 
 def _section(group: Group, results: Results) -> Section:
     made = [
         tables.pareto_table(group),
-        tables.target_table(group, results),
+        target_table(group, results),
+        equal_accuracy_table(group, results),
+        ablation_table(group),
+        factorial_table(group),
         tables.control_table(group),
+        claim_table(group, results, load_claims()),
+        comparison_table(group),
+        attainment_table(group),
         tables.segment_table(group),
     ]
     shown = bool(group.candidates)
@@ -111,6 +144,11 @@ def figure_files(report: Report) -> Iterator[tuple[str, bytes]]:
     for section in report.sections:
         for name, content in figures(section.group, report.results.epochs, report.styles):
             yield f"figures/{name}", content
+    if report.profile:
+        for name, content in profile_figure(report.profile, report.styles):
+            yield f"figures/{name}", content
+    for name, content in knob_figures(report.knobs, report.styles):
+        yield f"figures/{name}", content
 
 
 def text_files(report: Report) -> Iterator[tuple[str, bytes]]:
@@ -130,10 +168,19 @@ def all_tables(report: Report) -> list[table.Table]:
         table.joined([(s.group.title, t) for s in report.sections for t in s.tables if t.name == name])
         for name in names
     ]
-    return [*found, *report.overview]
+    return [*found, *report.across, *report.overview]
 
 
 def _render(template: str, report: Report, *, html: bool) -> bytes:
+    environment = _environment(html)
+    families = {name: i for i, name in enumerate(sorted(report.styles))}
+    environment.globals |= {"markers": MARKERS, "families": families, "styles": report.styles}
+    return environment.get_template(template).render(report=report).encode()
+
+
+@cache
+def _environment(html: bool) -> Environment:
+    """Compiled once per process; what belongs to one report is among the globals."""
     environment = Environment(
         loader=PackageLoader("analysis"),
         autoescape=html,
@@ -149,10 +196,7 @@ def _render(template: str, report: Report, *, html: bool) -> bytes:
         "cell": table.text,
         "sort_key": table.sort_key,
     }
-    families = {name: i for i, name in enumerate(sorted(report.styles))}
-    environment.globals |= {"markers": MARKERS, "families": families, "styles": report.styles}
-    page = environment.get_template(template).render(report=report)
-    return page.encode()
+    return environment
 
 
 def write_file(path: Path, content: bytes) -> None:

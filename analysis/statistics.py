@@ -1,8 +1,9 @@
 """Estimates with intervals over seeds: pure functions; axes in the docstrings, random generators passed in.
 
 Means of accuracies, differences and log ratios get Student's t interval, which keeps its coverage at the
-three to ten seeds that people can afford, where a bootstrap of the mean is too narrow. Statistics without a
-closed form get the percentile bootstrap.
+three to ten seeds that people can afford, where a bootstrap of the mean is too narrow. Medians get the
+interval of their order statistics. What has no closed form (hypervolume, speed-up at equal accuracy) gets the
+bootstrap's standard error with Student's t, which for a mean is Student's interval again.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import stdtrit
+from scipy.special import bdtr, stdtrit
 
 LEVEL = 0.95
 RESAMPLES = 4000
@@ -42,6 +44,10 @@ class Estimate:
         """The estimate in another unit; `factor` is positive."""
         return Estimate(*(None if x is None else x * factor for x in (self.value, self.low, self.high)), n=self.n)
 
+    def exp(self) -> Estimate:
+        """The ratio of which this is the logarithm."""
+        return Estimate(*(None if x is None else _exp(x) for x in (self.value, self.low, self.high)), n=self.n)
+
 
 def generator(*names: object) -> np.random.Generator:
     """A random generator that depends on the names alone, so that one cell of a table never moves another."""
@@ -68,17 +74,61 @@ def mean_estimate(values: ArrayLike, *, level: float = LEVEL, bounds: tuple[floa
     return Estimate(mean, low, high, int(x.size))
 
 
-def median_estimate(values: ArrayLike, rng: np.random.Generator, *, level: float = LEVEL) -> Estimate:
-    """Median with a percentile bootstrap interval; infinite values are allowed, NaN are left out.
+def median_estimate(values: ArrayLike, *, level: float = LEVEL) -> Estimate:
+    """Median with the interval between two order statistics; infinite values are allowed, NaN are left out.
 
-    Below six values no distribution-free interval of a median reaches 95 %; this one is then at most the
-    range.
+    The ends are interpolated between neighbouring order statistics so that the coverage is close to `level`
+    (Hettmansperger and Sheather 1986). Up to five values the interval is the range: it covers the median with
+    probability 1 - 2**(1 - n), which is 94 % at five, 88 % at four and 75 % at three.
     """
-    x = _known(values)
-    if x.size == 0:
-        return Estimate()
-    low, high = bootstrap_interval(x, np.median, rng, level=level)
-    return Estimate(float(np.median(x)), low, high, int(x.size))
+    x = np.sort(_known(values))
+    n = int(x.size)
+    if n < 2:
+        return Estimate(float(x[0]), n=1) if n else Estimate()
+    rank, weight = _median_ranks(n, level)
+    ends = []
+    for outer, inner in ((x[rank - 1], x[rank]), (x[n - rank], x[n - rank - 1])):
+        mixed = weight > 0 and np.isfinite(outer) and np.isfinite(inner)
+        ends.append(float((1 - weight) * outer + weight * inner) if mixed else float(outer))
+    return Estimate(float(np.median(x)), ends[0], ends[1], n)
+
+
+@lru_cache(maxsize=256)
+def _median_ranks(n: int, level: float) -> tuple[int, float]:
+    """Rank (from 1) of the lower end, and the weight of the next rank in it; the upper end mirrors it."""
+
+    def coverage(rank: int) -> float:
+        return 1 - 2 * float(bdtr(rank - 1, n, 0.5))
+
+    rank = 1
+    while coverage(rank + 1) >= level:
+        rank += 1
+    if coverage(rank) <= level:
+        return rank, 0.0
+    share = (coverage(rank) - level) / (coverage(rank) - coverage(rank + 1))
+    return rank, (n - rank) * share / (rank + (n - 2 * rank) * share)
+
+
+def bootstrap_t_estimate(value: float, drawn: ArrayLike, n: int, *, level: float = LEVEL) -> Estimate:
+    """A statistic with Student's t times its bootstrap standard error on both sides.
+
+    The standard error is widened by sqrt(n / (n - 1)): the bootstrap divides by n where a sample variance
+    divides by n - 1. An end is infinite where more than a tail's share of the samples is infinite on that side.
+
+    Args:
+        value: the statistic of the sample.
+        drawn: (resamples,) the statistic of bootstrap samples; NaN are left out.
+        n: independent values in the sample; without an interval where n < 2.
+    """
+    x = _known(drawn)
+    if n < 2 or x.size == 0 or math.isnan(value):
+        return Estimate(None if math.isnan(value) else value, n=n)
+    tail, finite = (1 - level) / 2, x[np.isfinite(x)]
+    spread = float(finite.std()) if finite.size else 0.0
+    half = float(stdtrit(n - 1, 1 - tail)) * spread * math.sqrt(n / (n - 1))
+    low = -math.inf if np.mean(x == -math.inf) > tail else value - half
+    high = math.inf if np.mean(x == math.inf) > tail else value + half
+    return Estimate(value, low, high, n)
 
 
 def bootstrap_interval(
@@ -132,8 +182,7 @@ def ratio_estimate(numerator: ArrayLike, denominator: ArrayLike, *, level: float
     """
     a, b = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
     usable = np.isfinite(a) & np.isfinite(b) & (a > 0) & (b > 0)
-    logs = mean_estimate(np.log(a[usable]) - np.log(b[usable]), level=level)
-    return Estimate(*(None if x is None else math.exp(x) for x in (logs.value, logs.low, logs.high)), n=logs.n)
+    return mean_estimate(np.log(a[usable]) - np.log(b[usable]), level=level).exp()
 
 
 def time_to_target(seconds: ArrayLike, accuracy: ArrayLike, target: float) -> float:
@@ -150,7 +199,7 @@ def time_to_target(seconds: ArrayLike, accuracy: ArrayLike, target: float) -> fl
     return float(np.asarray(seconds, dtype=float)[reached[0]]) if reached.size else math.inf
 
 
-def censored_ratio(numerator: ArrayLike, denominator: ArrayLike, rng: np.random.Generator) -> Estimate:
+def censored_ratio(numerator: ArrayLike, denominator: ArrayLike) -> Estimate:
     """Median of the paired ratios of times that may be infinite (not reached).
 
     A pair in which the denominator alone is infinite counts as 0, the numerator alone as infinite; a pair in
@@ -159,7 +208,15 @@ def censored_ratio(numerator: ArrayLike, denominator: ArrayLike, rng: np.random.
     a, b = np.asarray(numerator, dtype=float), np.asarray(denominator, dtype=float)
     if a.size == 0 or bool((np.isinf(a) & np.isinf(b)).any()) or bool((b == 0).any()):
         return Estimate(n=int(a.size))
-    return median_estimate(a / b, rng)
+    return median_estimate(a / b)
+
+
+def _exp(x: float) -> float:
+    """Infinite where the result has no place in a float."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
 
 
 def _known(values: ArrayLike) -> NDArray[np.float64]:

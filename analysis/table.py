@@ -8,13 +8,13 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from analysis.statistics import Estimate
 
 Kind = Literal[
-    "text", "count", "percent", "points", "seconds", "difference", "ratio", "share", "flag", "bytes", "number"
+    "text", "count", "percent", "points", "seconds", "difference", "ratio", "share", "p", "flag", "bytes", "number"
 ]
 UNITS = {"percent": "%", "points": "points", "seconds": "s", "difference": "s", "bytes": "MiB"}
 _FACTORS = {"percent": 100.0, "points": 100.0, "bytes": 2.0**-20}
@@ -38,17 +38,27 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of raw values by column key: text, int, float, bool, Estimate or None."""
+    """Rows of raw values by column key: text, int, float, bool, Estimate or None.
+
+    Attributes:
+        folded: a detail that a page may show closed.
+    """
 
     name: str
     title: str
     caption: str
     columns: Sequence[Column]
     rows: list[dict[str, Any]] = field(default_factory=list)
+    folded: bool = False
 
     @property
     def shown(self) -> list[Column]:
         return [column for column in self.columns if column.shown]
+
+    def without_empty(self, *keys: str) -> Table:
+        """The table without those of the named columns of which every cell is unknown."""
+        empty = {key for key in keys if all(_is_unknown(row.get(key)) for row in self.rows)}
+        return replace(self, columns=[column for column in self.columns if column.key not in empty])
 
     def cells(self, row: dict[str, Any]) -> list[str]:
         """The shown columns of a row as people read them."""
@@ -81,6 +91,10 @@ def number(value: float, kind: Kind, *, like: float | None = None) -> str:
     """
     if math.isinf(value):
         return "not reached" if kind == "seconds" else "∞"
+    if kind == "ratio" and value == 0:
+        return "not reached"  # in finite time
+    if kind == "p":
+        return "<0.001" if value < 0.001 else f"{value:.3f}"
     value *= _FACTORS.get(kind, 1.0)
     if kind in ("seconds", "difference"):
         known = value if like is None or math.isinf(like) else like
@@ -126,7 +140,7 @@ def joined(tables: Sequence[tuple[str, Table]]) -> Table:
     first = tables[0][1]
     columns = {c.key: c for _, t in tables for c in t.columns}
     rows = [{"group": title, **row} for title, table in tables for row in table.rows]
-    return Table(first.name, first.title, first.caption, [Column("group", "group"), *columns.values()], rows)
+    return replace(first, columns=[Column("group", "group"), *columns.values()], rows=rows)
 
 
 def plain_rows(table: Table) -> list[dict[str, Any]]:
@@ -220,6 +234,11 @@ _LATEX = {
 def latex(raw: str) -> str:
     """Text that LaTeX sets literally, on one line."""
     return "".join(_LATEX.get(c, c) for c in re.sub(r"\s+", " ", raw))
+
+
+def _is_unknown(value: Any) -> bool:
+    value = value.value if isinstance(value, Estimate) else value
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _known(value: Any) -> Any:

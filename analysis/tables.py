@@ -9,18 +9,9 @@ import numpy as np
 
 from analysis import pareto
 from analysis.columns import SEGMENTS
-from analysis.load import Results
+from analysis.comparisons import accuracy_gain, speed_up
 from analysis.measured import Arm, Group
-from analysis.statistics import (
-    Estimate,
-    censored_ratio,
-    difference_estimate,
-    generator,
-    mean_estimate,
-    median_estimate,
-    ratio_estimate,
-    time_to_target,
-)
+from analysis.statistics import Estimate, difference_estimate, generator, mean_estimate, ratio_estimate
 from analysis.table import Column, Table, number
 
 NAMES = (Column("arm", "arm"), Column("role", "role", shown=False))
@@ -29,23 +20,6 @@ SETTING = Column("setting", "setting")
 
 def name_cells(arm: Arm) -> dict[str, str]:
     return {"arm": arm.name, "role": arm.role, "setting": arm.setting}
-
-
-def speed_up(group: Group, arm: Arm) -> Estimate:
-    """Baseline's training seconds over the arm's, paired by seed; 1 for the baseline itself."""
-    baseline = group.baseline_of(arm)
-    if baseline is None or arm is baseline:
-        return Estimate()
-    seeds = list(arm.timed.index)
-    return ratio_estimate(baseline.at("train_seconds", seeds), arm.at("train_seconds", seeds))
-
-
-def accuracy_gain(group: Group, arm: Arm, other: Arm | None) -> Estimate:
-    """Accuracy of the arm minus that of another, paired by seed."""
-    if other is None or arm is other:
-        return Estimate()
-    seeds = list(arm.timed.index)
-    return difference_estimate(arm.at(group.accuracy_column, seeds), other.at(group.accuracy_column, seeds))
 
 
 def points(group: Group, arms: list[Arm]) -> tuple[np.ndarray, np.ndarray]:
@@ -131,87 +105,16 @@ def front_volume(group: Group) -> tuple[Estimate, tuple[float, float]]:
 
     The reference is twice the baseline's median seconds and accuracy 0: adding a method does not move it.
     """
-    baselines = [arm for arm in group.candidates if arm.role == "baseline"]
-    if not baselines:
+    candidates = group.candidates
+    base = next((i for i, arm in enumerate(candidates) if arm.role == "baseline"), None)
+    if base is None or not group.seconds(candidates[base]).value or not group.accuracy(candidates[base]).value:
         return Estimate(), (math.nan, math.nan)
-    seconds, accuracy = group.seconds(baselines[0]).value, group.accuracy(baselines[0]).value
-    if not seconds or not accuracy:
-        return Estimate(), (math.nan, math.nan)
-    reference = (2 * seconds, 0.0)
-    rng = generator("hypervolume", group.title)
-    volume = pareto.hypervolume_estimate(*points(group, group.candidates), reference, rng)
-    return volume.scaled(1 / (seconds * accuracy)), reference
-
-
-def targets(group: Group, results: Results) -> tuple[list[float], str]:
-    """Validation accuracies to reach, and where they come from."""
-    sweeps = {arm.sweep for arm in group.arms}
-    planned = {float(t) for s in results.sweeps if s["sweep"] in sweeps for t in s["targets"]}
-    if planned:
-        return sorted(planned), "Targets were fixed in the sweep file before measuring."
-    baselines = [arm for arm in group.candidates if arm.role == "baseline"]
-    reached = mean_estimate(baselines[0].timed["val_accuracy"]).value if baselines else None
-    if reached is None:
-        return [], "No targets were planned and there is no baseline to take them from."
-    return [0.95 * reached, 0.99 * reached], (
-        "No targets were planned: they are 95 % and 99 % of the baseline's mean final validation accuracy, "
-        "so they were chosen after measuring."
-    )
-
-
-def target_table(group: Group, results: Results) -> Table:
-    """Time to each target; runs that missed it, or did not finish, count as not reached."""
-    values, source = targets(group, results)
-    curves = {key: part for key, part in results.epochs.groupby("run_key", sort=False)}
-    rows = []
-    for target in values:
-        times = {arm.name: _target_times(arm, curves, target) for arm in group.arms}
-        for arm in group.arms:
-            own = times[arm.name]
-            baseline = group.baseline_of(arm)
-            ratio = Estimate()
-            if baseline is not None and baseline is not arm:
-                seeds = [s for s in own if s in times[baseline.name]]
-                a, b = [times[baseline.name][s] for s in seeds], [own[s] for s in seeds]
-                ratio = censored_ratio(a, b, generator("target ratio", group.title, arm.name, target))
-            rows.append(
-                name_cells(arm)
-                | {
-                    "target": target,
-                    "reached": f"{sum(map(math.isfinite, own.values()))} of {len(own)}",
-                    "seconds": median_estimate(list(own.values()), generator("target", group.title, arm.name, target)),
-                    "speed_up": ratio,
-                }
-            )
-    caption = (
-        "Training seconds until an evaluation first reached the target validation accuracy, in steps of one "
-        f"evaluation. {source} Runs that missed it, or ended before, count as not reached and stay in the "
-        "median. Speed-up: median of the baseline's time over the arm's, paired by seed; 0 where the arm "
-        "missed it."
-    )
-    columns = (
-        Column("target", "target", "percent"),
-        *NAMES,
-        Column("reached", "reached"),
-        Column("seconds", "time to target", "seconds"),
-        Column("speed_up", "speed-up", "ratio"),
-        SETTING,
-    )
-    return Table("time_to_target", "Time to target accuracy", caption, columns, rows)
-
-
-def _target_times(arm: Arm, curves: dict, target: float) -> dict[int, float]:
-    """Seed to seconds, infinite where the target was not reached."""
-    out = {}
-    for seed, run_key in zip(arm.tried.index, arm.tried["run_key"], strict=True):
-        curve = curves.get(run_key)
-        reached = math.inf if curve is None else time_to_target(curve["train_seconds"], curve["val_accuracy"], target)
-        out[int(seed)] = math.inf if math.isnan(reached) else reached
-    return out
+    volume = pareto.relative_volume(*points(group, candidates), base, generator("hypervolume", group.title))
+    return volume, (2 * (group.seconds(candidates[base]).value or math.nan), 0.0)
 
 
 def control_table(group: Group) -> Table:
-    """What the gradient estimate brings and what the plan and machinery bring."""
+    """What the gradient estimate brings, what the plan, and what the machinery costs."""
     rows = []
     for arm in group.arms:
         control, baseline = group.control_of(arm), group.baseline_of(arm)
@@ -222,11 +125,16 @@ def control_table(group: Group) -> Table:
         for key, column in (("accuracy", group.accuracy_column), ("seconds", "train_seconds")):
             a, b, c = (x.at(column, seeds) for x in (arm, control, baseline))
             row |= {f"{key}_estimate": difference_estimate(a, b), f"{key}_plan": difference_estimate(b, c)}
+        same = same_work(control, baseline, seeds)
+        row["overhead"] = row["seconds_plan"] if same else None
+        row["overhead_ratio"] = time_ratio(baseline, control, seeds) if same else None
         rows.append(row)
     caption = (
         "The control runs the method at the setting where its estimate is the exact gradient. Estimate effect: "
         "method − control. Plan and machinery effect (learning rate, batch size, hooks, a recipe tuned for the "
-        "arm): control − baseline. Paired by seed, mean with 95 % interval; fewer seconds are better."
+        "arm): control − baseline. Machinery, where the control has the baseline's recipe and took as many steps "
+        "over as many examples: the seconds that the method's code adds to the same work, and its time over the "
+        "baseline's. Paired by seed, mean with 95 % interval (ratio: geometric mean); fewer seconds are better."
     )
     columns = (
         NAMES[0],
@@ -234,10 +142,26 @@ def control_table(group: Group) -> Table:
         Column("accuracy_estimate", "accuracy: estimate", "points"),
         Column("accuracy_plan", "accuracy: plan", "points"),
         Column("seconds_estimate", "time: estimate", "difference"),
-        Column("seconds_plan", "time: plan", "difference"),
+        Column("seconds_plan", "time: plan and machinery", "difference"),
+        Column("overhead", "time: machinery", "difference", null="plan differs"),
+        Column("overhead_ratio", "machinery, relative", "ratio", null="plan differs"),
         SETTING,
     )
-    return Table("control_split", "What the estimate brings, and what the plan", caption, columns, rows)
+    table = Table("control_split", "What the estimate brings, and what the plan", caption, columns, rows)
+    return table.without_empty("overhead", "overhead_ratio")
+
+
+def same_work(control: Arm, baseline: Arm, seeds: list[int]) -> bool:
+    """Whether the control took the baseline's steps over the baseline's examples with the baseline's recipe."""
+    if not seeds or control.recipe != baseline.recipe:
+        return False
+    counts = ("steps", "examples")
+    return all(np.array_equal(control.at(column, seeds), baseline.at(column, seeds)) for column in counts)
+
+
+def time_ratio(baseline: Arm, control: Arm, seeds: list[int]) -> Estimate:
+    """The control's seconds over the baseline's, paired by seed."""
+    return ratio_estimate(control.at("train_seconds", seeds), baseline.at("train_seconds", seeds))
 
 
 def segment_table(group: Group) -> Table:

@@ -155,7 +155,7 @@ class Run:
     def _setup(self, data: Dataset | None) -> None:
         task, recipe, seed = self.config.task, self.recipe, self.config.seed
         if data is None:
-            data = load_dataset(task.data, device=self.device, dtype=recipe.dtype, **task.data_args)
+            data = load_task_data(task, recipe, self.device)
         self.data = data.to(self.device)
         model = make_model(task.model, data.input_shape, data.classes, task.model_args, seed)
         model = model.to(self.device, recipe.dtype).train()
@@ -401,14 +401,21 @@ def evaluate(model: nn.Module, data: Dataset, split: Any, recipe: Recipe) -> tup
     return loss.item() / labels, right.item() / labels
 
 
-def check_bind(config: RunConfig) -> Method | None:
+def load_task_data(task: Task, recipe: Recipe, device: torch.device | str = "cpu") -> Dataset:
+    """The task's data set on a device, in the recipe's precision."""
+    return load_dataset(task.data, device=device, dtype=recipe.dtype, **task.data_args)
+
+
+def check_bind(config: RunConfig, data: Dataset | None = None) -> Method | None:
     """Build the model on the CPU and bind the method, without training; returns its exact setting.
+
+    `data` is the task's data set where it is loaded already.
 
     Raises:
         TypeError, ValueError, ImportError, OSError: what a `Run` of this configuration would raise.
     """
     task = config.task
-    data = load_dataset(task.data, device="cpu", dtype=config.recipe.dtype, **task.data_args)
+    data = data or load_task_data(task, config.recipe)
     model = make_model(task.model, data.input_shape, data.classes, task.model_args, config.seed)
     exact = config.method.exact(model)
     bound: GradientEstimator = config.method.bind(model, config.recipe.make_loss())

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
+
+from fastbp.data import Dataset
 from fastbp.knobs import Choice, Domain, IntRange, LogUniform, Uniform, domains, nearest, set_knobs
 from fastbp.method import Method, method_class
 from fastbp.methods import Backprop
-from fastbp.run import Recipe, RunConfig, Task, check_bind
+from fastbp.run import Recipe, RunConfig, Task, check_bind, load_task_data
 from sweeps.source import Key, Source
 from sweeps.spec import Sweep
 
@@ -83,12 +86,16 @@ def check_arms(arms: list[Arm], source: Source) -> None:
     Raises:
         SweepError: everything refused, as `file:line: sentence`.
     """
+    loaded: dict[torch.dtype, Dataset] = {}  # all arms share the task
     for arm in arms:
         for values in _corners(arm.space):
             method, recipe = arm.at(values)
             try:
-                check_bind(RunConfig(task=arm.task, recipe=recipe, method=method, seed=0))
-            except (TypeError, ValueError, ImportError) as error:
+                if recipe.dtype not in loaded:
+                    loaded[recipe.dtype] = load_task_data(arm.task, recipe)
+                config = RunConfig(task=arm.task, recipe=recipe, method=method, seed=0)
+                check_bind(config, loaded[recipe.dtype])
+            except (TypeError, ValueError, ImportError, OSError) as error:
                 at = ", ".join(f"{path} = {value!r}" for path, value in values.items())
                 source.problem(("arms", arm.name), f"arm {arm.name}{f' at {at}' if at else ''}: {error}")
                 break

@@ -80,7 +80,7 @@ def _say(console: Console, text: str) -> None:
 def _report(folder: Path, console: Console, planned: Plan, outcome: Outcome) -> None:
     """Run the report in a process of its own, which reads the records and prints its table; attach it in MLflow."""
     target = folder / "report"
-    done = subprocess.run([sys.executable, "-m", "analysis", str(folder), "--out", str(target)], check=False)
+    done = subprocess.run([sys.executable, "-P", "-m", "analysis", str(folder), "--out", str(target)], check=False)
     html = target / "report.html"
     if done.returncode or not html.exists():
         _say(
@@ -119,9 +119,7 @@ def status(
     target: Annotated[str, typer.Argument(help="a sweep file or an output folder")], out: OutOption = None
 ) -> None:
     """Show how far a sweep is; exits with 1 when any run failed."""
-    from fastbp.record import read_records
-    from sweeps.drive import RECORDS
-    from sweeps.ledger import Ledger
+    from sweeps.drive import RECORDS, load_ledger
     from sweeps.plan import load_plan
     from sweeps.progress import status_table
 
@@ -129,7 +127,7 @@ def status(
     records = folder / RECORDS
     if not records.exists():
         raise SweepError(f"{folder}: nothing has been run there")
-    ledger = Ledger.of(read_records(records))
+    ledger = load_ledger(records)
     console = Console()
     smoke = ledger.sweep is not None and ledger.sweep.sweep.endswith("-smoke")
     console.print(status_table(load_plan(str(file), smoke=smoke), ledger))
@@ -155,9 +153,11 @@ def sync(
     settings = load_sweep(file)[0].mlflow
     uri = default_uri(settings.tracking_uri)
     html = folder / "report" / "report.html"
-    with locked(folder) as free:  # a sweep that still runs keeps its open runs
+    with locked(folder) as free:
+        if not free:
+            raise SweepError(f"{folder} is in use: the sweep that is running there syncs by itself")
         mirror = MlflowMirror(folder / RECORDS, uri, settings.experiment)
-        error = try_sync(mirror, final=free, report=html if html.exists() else None)
+        error = try_sync(mirror, final=True, report=html if html.exists() else None)
     if error:
         raise SweepError(f"MLflow at {without_password(uri)}: {error}")
     _say(Console(), f"MLflow agrees with {folder / RECORDS}; {_ui_hint(uri)}")
@@ -194,7 +194,7 @@ def _command(name: str) -> str:
 
 def main() -> None:
     """Entry point: errors of the user's making are one line each, without a traceback."""
-    sys.path.insert(0, os.getcwd())  # methods and models of the user's own, `my_pkg.sign:SignGrad`
+    sys.path.append(os.getcwd())  # methods and models of the user's own, `my_pkg.sign:SignGrad`
     try:
         app()
     except SweepError as error:

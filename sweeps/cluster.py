@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import shlex
 import sys
 from collections.abc import Iterator
+
+from sweeps.source import SweepError
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -31,18 +34,25 @@ def in_cluster() -> bool:
     return in_job() or bool(os.environ.get("RAY_ADDRESS"))
 
 
+def prepare_environment() -> None:
+    """Set what Ray reads from the environment; before Ray is imported, which is when it reads how to authenticate."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if not in_cluster() and "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+
 @contextlib.contextmanager
 def ray_session() -> Iterator[None]:
     """Ray, ready to use; a cluster started here ends with the block, any other stays.
 
-    A private cluster is reachable from this machine's loopback only and asks for no token, so that none is
-    left in the user's home; a cluster that is attached to keeps its own authentication.
+    Ray's servers listen on every interface, so a private cluster asks for a token: a random one, in this process's
+    environment only, so that none is left in the user's home. A cluster that is attached to keeps its own
+    authentication.
     """
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    prepare_environment()
     private = not in_cluster()
-    if private:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray
 
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -80,6 +90,32 @@ def node_cpus(gpus: int) -> int:
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return max((int(r.get("CPU", 0)) for r in nodes if r.get("GPU", 0) >= gpus), default=1) or 1
+
+
+def gpus_or_default(gpus: float | None) -> float:
+    """GPUs per run: as asked, else one where the cluster has any."""
+    import ray
+
+    return gpus if gpus is not None else float(ray.cluster_resources().get("GPU", 0.0) >= 1)
+
+
+def check_resources(part: str, cpus: float, gpus: float) -> None:
+    """Refuse what a private cluster can never give; Ray itself would wait for it for ever.
+
+    Raises:
+        SweepError: a run of this part needs more than the machine has.
+    """
+    import ray
+
+    if in_cluster():
+        return  # an autoscaler may bring it
+    has = ray.cluster_resources()
+    for name, key, need in (("CPU", "cpus", cpus), ("GPU", "gpus", gpus)):
+        if need > has.get(name, 0.0):
+            raise SweepError(
+                f"{part}.{key}: a run needs {need:g} {name}, this machine has {has.get(name, 0.0):g}; "
+                f"lower {part}.{key}, or submit the sweep to a cluster that has them"
+            )
 
 
 def concurrent_trials(cpus: float, gpus: float) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from fastbp.environment import git_state
 from fastbp.record import RecordWriter, RunRecord, SweepRecord, read_records
 from fastbp.run import RunConfig
-from sweeps.ledger import Ledger
+from sweeps.ledger import DONE, Ledger
 from sweeps.plan import Plan
 from sweeps.progress import Progress
 from sweeps.source import SweepError
@@ -64,6 +64,18 @@ def locked(out: Path) -> Iterator[bool]:
         yield True
 
 
+def load_ledger(path: Path) -> Ledger:
+    """What a records file holds.
+
+    Raises:
+        SweepError: a line is not a record.
+    """
+    try:
+        return Ledger.of(read_records(path) if path.exists() else ())
+    except ValueError as error:
+        raise SweepError(f"{error}; move the file away, or mend that line") from error
+
+
 def open_ledger(plan: Plan, out: Path) -> tuple[Ledger, RecordWriter]:
     """What the output folder already holds, after checking that it is of this very sweep.
 
@@ -72,7 +84,7 @@ def open_ledger(plan: Plan, out: Path) -> tuple[Ledger, RecordWriter]:
     """
     path = out / RECORDS
     writer = RecordWriter(path)
-    ledger = Ledger.of(read_records(path) if path.exists() else ())
+    ledger = load_ledger(path)
     if ledger.sweep is not None and ledger.sweep.file_hash != plan.sweep.hash:
         raise SweepError(
             f"{out} holds sweep {ledger.sweep.sweep!r} as it was before the file changed; "
@@ -94,12 +106,16 @@ def run_sweep(plan: Plan, file: Path, out: Path, progress: Progress, *, mlflow: 
     Raises:
         SweepError: the folder belongs to another sweep or another process.
     """
+    from sweeps.cluster import prepare_environment
+
+    prepare_environment()
     out = out.resolve()
     with locked(out) as free:
         if not free:
             raise SweepError(f"{out} is in use: this sweep is already running")
         ledger, writer = open_ledger(plan, out)
-        shutil.copyfile(file, out / "sweep.yaml")
+        if file.resolve() != out / "sweep.yaml":
+            shutil.copyfile(file, out / "sweep.yaml")
         driver = _Driver(plan, out, ledger, writer, progress, mlflow)
         return driver.run()
 
@@ -157,7 +173,7 @@ class _Driver:
 
     def _search(self) -> bool:
         """Tune every arm that is not being measured yet; False where the user interrupted."""
-        from sweeps.cluster import concurrent_trials
+        from sweeps.cluster import check_resources, concurrent_trials, gpus_or_default
         from sweeps.searcher import ArmSearcher
         from sweeps.studies import ArmStudy
 
@@ -167,16 +183,18 @@ class _Driver:
             return True
         self._start_ray()
         studies = [ArmStudy(a, search.sampler, search.trials, search.seed, plan.search_run) for a in arms]
-        trial = self._trial(exclusive=False, threads=max(1, int(search.cpus)), gpus=search.gpus)
+        gpus = gpus_or_default(search.gpus)
+        check_resources("search", search.cpus, gpus)
+        trial = self._trial(exclusive=False, threads=max(1, int(search.cpus)), gpus=gpus)
         searcher = ArmSearcher(studies, self.ledger, trial, plan.sweep.max_failures)
-        resources = {"CPU": search.cpus} | ({"GPU": search.gpus} if search.gpus else {})
+        resources = {"CPU": search.cpus} | ({"GPU": gpus} if gpus else {})
         self.progress.phase("search", {arm.name: plan.trials(arm) for arm in plan.arms}, self.ledger)
-        concurrent = concurrent_trials(search.cpus, search.gpus)
+        concurrent = concurrent_trials(search.cpus, gpus)
         return self._fit("search", searcher, resources, concurrent, True, self.progress.ended)
 
     def _measure(self) -> bool:
         """Run every measured cell, one at a time; False where the user interrupted."""
-        from sweeps.cluster import node_cpus
+        from sweeps.cluster import check_resources, gpus_or_default, node_cpus
         from sweeps.searcher import ListSearcher
 
         measure, plan = self.plan.measure_part, self.plan
@@ -190,11 +208,13 @@ class _Driver:
         if all(self.ledger.done(run.key) for run in runs):
             return True
         self._start_ray()
-        cpus = node_cpus(measure.gpus)
-        trial = self._trial(exclusive=True, threads=measure.threads or cpus, gpus=measure.gpus)
+        gpus = int(gpus_or_default(measure.gpus))
+        check_resources("measure", 1, gpus)
+        cpus = node_cpus(gpus)
+        trial = self._trial(exclusive=True, threads=measure.threads or cpus, gpus=gpus)
         searcher = ListSearcher(runs, self.ledger, trial, plan.sweep.max_failures)
-        resources = {"CPU": float(cpus)} | ({"GPU": float(measure.gpus)} if measure.gpus else {})
-        return self._fit("measure", searcher, resources, 1, measure.gpus == 0, self._between_trials())
+        resources = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
+        return self._fit("measure", searcher, resources, 1, gpus == 0, self._between_trials())
 
     def _start_ray(self) -> None:
         """Start or join the cluster, once, and only where something is left to run."""
@@ -284,6 +304,10 @@ class _Driver:
         """Planned runs without an end, and arms that could not be planned."""
         plan, out = self.plan, []
         if plan.sweep.measure is None:
+            for arm in plan.arms:
+                ended = sum(record.status in (*DONE, "failed") for record in self.ledger.of_phase("search", arm.name))
+                if ended < plan.trials(arm):
+                    out.append(f"search {arm.name}: {ended} of {plan.trials(arm)} trials ended")
             return out
         for arm in plan.arms:
             if plan.chosen(arm, self.ledger) is None:

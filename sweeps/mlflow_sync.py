@@ -200,10 +200,13 @@ class MlflowMirror:
             return 0
         with tempfile.TemporaryDirectory() as folder:
             packed = Path(folder) / name
-            with self.records.open("rb") as source, packed.open("wb") as target:
-                with gzip.GzipFile("", "wb", compresslevel=3, fileobj=target, mtime=0) as stream:
-                    while (left := size - source.tell()) > 0 and (block := source.read(min(left, 1 << 20))):
-                        stream.write(block)
+            with (
+                self.records.open("rb") as source,
+                packed.open("wb") as target,
+                gzip.GzipFile("", "wb", compresslevel=3, fileobj=target, mtime=0) as stream,
+            ):
+                while (left := size - source.tell()) > 0 and (block := source.read(min(left, 1 << 20))):
+                    stream.write(block)
             self._client.log_artifact(known.run_id, str(packed), RECORDS_FOLDER)
         self._client.set_tag(known.run_id, tag, str(size))
         self._uploaded[tag] = size

@@ -45,9 +45,8 @@ class Tree:
                 tree.sweep = record
             elif isinstance(record, RunRecord):
                 tree._add_run(record)
-            elif (known := tree.runs.get(record.run_key)) is not None:
-                if known.run.attempt == record.attempt:
-                    known.add_epoch(record)
+            elif (known := tree.runs.get(record.run_key)) is not None and known.run.attempt == record.attempt:
+                known.add_epoch(record)
         return tree
 
     def _add_run(self, record: RunRecord) -> None:

@@ -10,7 +10,7 @@ from fastbp.record import RunRecord
 from fastbp.run import RunConfig, check_bind
 from sweeps.arms import Arm, Values, build_arms, check_arms
 from sweeps.ledger import Ledger
-from sweeps.source import SweepError
+from sweeps.source import Source, SweepError
 from sweeps.spec import MeasurePart, SearchPart, Sweep, load_sweep
 
 
@@ -135,5 +135,22 @@ def load_plan(file: str, *, smoke: bool = False) -> Plan:
                 plan.search_run(arm, {})
             except ValueError as error:
                 source.problem(("search", "epochs"), f"search.epochs: arm {arm.name}: {error}")
+        _check_grid(plan, source)
         source.check()
     return plan
+
+
+def _check_grid(plan: Plan, source: Source) -> None:
+    """A grid with fewer points than trials would give its arm a smaller budget than the others have."""
+    if plan.search_part.sampler != "grid":
+        return
+    from sweeps.studies import ArmStudy
+
+    for arm in plan.arms:
+        budget = ArmStudy(arm, "grid", plan.search_part.trials, plan.search_part.seed, plan.search_run).budget
+        if arm.space and budget < plan.search_part.trials:
+            source.problem(
+                ("search", "trials"),
+                f"search.trials = {plan.search_part.trials}: arm {arm.name} has a grid of {budget} points, and every "
+                f"arm must have the same budget; use {budget} trials or fewer, or another sampler",
+            )

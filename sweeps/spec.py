@@ -30,8 +30,8 @@ class SearchPart(_Part):
     trials: int = Field(ge=1)  # per arm; an arm without searched fields runs once
     epochs: int | None = Field(default=None, ge=1)  # of a trial; null: the recipe's
     cpus: float = Field(default=1, gt=0)  # per trial
-    gpus: float = Field(default=0, ge=0)  # per trial; 0.25 packs four trials on a device
-    seed: int = Field(default=0, ge=0)  # of every trial and of the samplers
+    gpus: float | None = Field(default=None, ge=0)  # per trial; 0.25 packs four on a device; null: 1 where there is one
+    seed: int = Field(default=1000, ge=0)  # of every trial and of the samplers; best none of the measured seeds
     checkpoint_epochs: int = Field(default=0, ge=0)  # state is saved every so many epochs; 0: never
 
 
@@ -41,7 +41,7 @@ class MeasurePart(_Part):
     seeds: list[int] = Field(min_length=1)
     controls: bool = True  # also run every arm at its exact setting
     targets: list[Fraction] = []  # validation accuracies for time-to-target, fixed before measuring
-    gpus: int = Field(default=0, ge=0)  # whole devices per run; 0: the whole CPU
+    gpus: int | None = Field(default=None, ge=0, le=1)  # 1: a whole device per run; 0: the whole CPU; null: 1 if any
     threads: int | None = Field(default=None, ge=1)  # of a run; null: all CPUs of its node
     order_seed: int = Field(default=0, ge=0)  # of the order within the blocks
 

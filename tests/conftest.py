@@ -1,9 +1,12 @@
 """Every test runs with one torch thread: deterministic, and fair to the other processes of a small machine."""
 
 import os
+import secrets
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported, as `fastbp-sweep` does
+os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 import pytest

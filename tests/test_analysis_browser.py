@@ -7,9 +7,9 @@ import shutil
 import subprocess
 
 import pytest
-from analysis_records import search_lines, synthetic, write
 
 from analysis.report import build, text_files
+from analysis_records import search_lines, synthetic, write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
@@ -39,7 +39,7 @@ addEventListener("load", () => {
   document.querySelector('.legend button[data-arm="1"]').click();
   out.hidden = document.querySelectorAll("figure.wide .mark.off").length;
   out.wide = document.documentElement.scrollWidth - innerWidth;
-  out.shown = [...document.querySelectorAll("figure")].filter(f => f.getBoundingClientRect().height > 0)
+  out.shown = [...document.querySelectorAll("figure:not(.panel)")].filter(f => f.getBoundingClientRect().height > 0)
     .map(f => f.className);
   document.body.dataset.probe = JSON.stringify(out);
 });

@@ -5,11 +5,11 @@ import json
 import random
 
 import pytest
-from analysis_records import epoch_lines, run_line, sweep_line, synthetic, write
 
 from analysis import columns
 from analysis.errors import ReportError
 from analysis.load import load
+from analysis_records import epoch_lines, run_line, sweep_line, synthetic, write
 
 
 def test_columns_are_fields_of_the_records():
@@ -42,6 +42,19 @@ def test_last_line_of_the_highest_attempt_holds(tmp_path):
     assert results.runs[["attempt", "status", "train_seconds"]].values.tolist() == [[1, "finished", 2.0]]
     assert results.epochs["attempt"].unique().tolist() == [1], "epochs of the attempt that failed were kept"
     assert results.epochs["train_seconds"].tolist() == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_of_two_ends_of_one_attempt_the_last_line_holds(tmp_path):
+    first = run_line(train_seconds=1.0)
+    results = load([write(tmp_path / "records.jsonl", [first, first | {"train_seconds": 2.0}])])
+    assert results.runs["train_seconds"].tolist() == [2.0]
+
+
+def test_epochs_that_only_the_failed_attempt_reached_are_left_out(tmp_path):
+    first = run_line(status="failed", reason="out of memory")
+    second = first | {"attempt": 1, "status": "running"}
+    path = write(tmp_path / "records.jsonl", [first, *epoch_lines(first), second, *epoch_lines(second)[:2]])
+    assert load([path]).epochs["epoch"].tolist() == [0, 1]
 
 
 def test_a_stale_copy_in_another_file_does_not_win(tmp_path):
@@ -121,42 +134,9 @@ def test_infinite_and_null_numbers_become_unknown(tmp_path):
     text = json.dumps(run_line(train_seconds=None)).replace('"eval_seconds": 1.0', '"eval_seconds": 1e999')
     results = load([write(tmp_path / "records.jsonl", [text + "\n"])])
     assert results.runs[["train_seconds", "eval_seconds"]].isna().all(axis=None)
-    assert results.problems == ["eval_seconds is infinite in 1 records and is read as unknown"]
+    assert results.problems == ["eval_seconds is infinite or absurdly large in 1 records and is read as unknown"]
 
 
 def test_the_last_sweep_record_holds(tmp_path):
     lines = [sweep_line(seeds=[0]), sweep_line(seeds=[0, 1]), run_line()]
     assert [s["seeds"] for s in load([write(tmp_path / "records.jsonl", lines)]).sweeps] == [[0, 1]]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
-def test_mlflow_gives_the_same_results(tmp_path, monkeypatch):
-    mlflow = pytest.importorskip("mlflow")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(ReportError, match="no MLflow store"):
-        load(["mlflow:demo"])
-    lines = synthetic(2)
-    local = load([write(tmp_path / "records.jsonl", lines)])
-
-    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlruns.db")
-    experiment = client.create_experiment("demo", artifact_location=(tmp_path / "artifacts").as_uri())
-    parent = client.create_run(experiment, tags={"fastbp.level": "sweep"}).info.run_id
-    client.log_artifact(parent, str(write(tmp_path / "up" / "sweep.jsonl", lines[:1])))
-    for key in local.runs["run_key"]:
-        run = client.create_run(experiment, tags={"fastbp.run_key": key}).info.run_id
-        own = [line for line in lines if line.get("run_key") == key]
-        client.log_artifact(run, str(write(tmp_path / "up" / "records.jsonl", own)))
-    client.create_run(experiment, tags={"fastbp.run_key": "lost"})
-    client.create_run(experiment)  # somebody else's
-
-    tracked = load(["mlflow:demo"])
-    assert tracked.runs.equals(local.runs)
-    assert tracked.epochs.equals(local.epochs)
-    assert tracked.sweeps == local.sweeps
-    assert tracked.problems == ["lost: the tracked run has no artifact records.jsonl and is left out"]
-    with pytest.raises(ReportError, match="no such experiment; there are: Default, demo"):
-        load(["mlflow:other"])
-    with pytest.raises(ReportError, match="no run written by a sweep"):
-        load(["mlflow:Default"])

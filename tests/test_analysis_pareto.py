@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from analysis.pareto import front_membership, hypervolume, hypervolume_estimate, pareto_front
+from analysis.pareto import front_membership, fronts, hypervolume, hypervolumes, pareto_front, relative_volume
 
 
 def slow_front(seconds, accuracy):
@@ -82,11 +82,26 @@ def test_membership_of_one_seed_is_unknown_and_a_missing_run_is_no_error():
     assert found[1] == pytest.approx(19 / 27, abs=0.03), "on the front whenever its one seed is drawn"
 
 
-def test_hypervolume_interval():
+def test_fronts_and_volumes_of_many_rows_are_those_of_one():
+    random = np.random.default_rng(0)
+    seconds, accuracy = random.integers(1, 5, (2, 200, 5)).astype(float)
+    seconds[random.random(seconds.shape) < 0.1] = math.nan
+    accuracy[random.random(accuracy.shape) < 0.1] = math.nan
+    worst = random.uniform(2, 5, 200)
+    masks, volumes = fronts(seconds, accuracy), hypervolumes(seconds, accuracy, worst)
+    for s, a, w, mask, volume in zip(seconds, accuracy, worst, masks, volumes, strict=True):
+        assert mask.tolist() == pareto_front(s, a).tolist(), f"front of {s}, {a}"
+        assert volume == pytest.approx(hypervolume(s, a, (w, 0.0))), f"moocore's hypervolume of {s}, {a} up to {w}"
+
+
+def test_relative_volume():
     random = np.random.default_rng(0)
     seconds, accuracy = 10 + random.normal(0, 0.1, (5, 2)), 0.9 + random.normal(0, 0.01, (5, 2))
-    found = hypervolume_estimate(seconds, accuracy, (20.0, 0.0), np.random.default_rng(0))
-    assert found.low <= found.value <= found.high
+    found = relative_volume(seconds, accuracy, 0, np.random.default_rng(0))
+    base = np.median(seconds[:, 0])
+    truth = hypervolume(np.median(seconds, axis=0), accuracy.mean(axis=0), (2 * base, 0.0))
+    assert found.value == pytest.approx(truth / (base * accuracy[:, 0].mean()))
+    assert 1.0 <= found.low <= found.value <= found.high
     assert found.low < found.high
-    one = hypervolume_estimate(seconds[:1], accuracy[:1], (20.0, 0.0), np.random.default_rng(0))
+    one = relative_volume(seconds[:1], accuracy[:1], 0, np.random.default_rng(0))
     assert (one.low, one.high, one.n) == (None, None, 1)

@@ -9,6 +9,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from analysis.cli import app, write_report
+from analysis.embed import BEGIN, END, embed, summary
+from analysis.errors import ReportError
+from analysis.report import build
+from analysis.summary import answer
+from analysis.table import Column, Table, latex, markdown, text, to_csv, to_json, to_latex
+from analysis.tables import pareto_table
 from analysis_records import (
     CPU,
     groups_of,
@@ -20,16 +30,6 @@ from analysis_records import (
     with_run,
     write,
 )
-from rich.console import Console
-from typer.testing import CliRunner
-
-from analysis.cli import app, write_report
-from analysis.embed import BEGIN, END, embed, summary
-from analysis.errors import ReportError
-from analysis.report import build
-from analysis.summary import answer
-from analysis.table import Column, Table, latex, markdown, text, to_csv, to_json, to_latex
-from analysis.tables import pareto_table
 
 # --- degenerate input --------------------------------------------------------------------------------------------
 
@@ -241,7 +241,7 @@ def test_an_output_folder_that_cannot_be_made_is_bad_input(tmp_path):
 def test_the_answer_goes_between_the_marks_of_another_file(tmp_path):
     page = tmp_path / "README.md"
     page.write_text(f"above\n{BEGIN}\nold\n{END}\nbelow\n", encoding="utf-8")
-    report = build([Path(__file__).parents[1] / "results" / "quickstart_cpu"])
+    report = build([Path(__file__).parents[1] / "results" / "2026-11-20_quickstart_cpu"])
     embed(report, page)
     once = page.read_text(encoding="utf-8")
     assert once.startswith(f"above\n{BEGIN}\n**")
@@ -257,5 +257,5 @@ def test_the_answer_goes_between_the_marks_of_another_file(tmp_path):
 def test_the_readmes_table_is_the_committed_records():
     """Every figure of the README's table comes from the records beside it."""
     root = Path(__file__).parents[1]
-    report = build([root / "results" / "quickstart_cpu"])
+    report = build([root / "results" / "2026-11-20_quickstart_cpu"])
     assert summary(report) in (root / "README.md").read_text(encoding="utf-8")

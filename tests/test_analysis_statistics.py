@@ -9,6 +9,7 @@ from scipy import stats
 from analysis.statistics import (
     Estimate,
     bootstrap_interval,
+    bootstrap_t_estimate,
     censored_ratio,
     difference_estimate,
     generator,
@@ -50,7 +51,7 @@ def test_difference_interval_is_scipys_paired_one():
 )
 def test_degenerate_samples(values, expected):
     assert mean_estimate(values) == expected
-    assert median_estimate(values, rng()) == expected
+    assert median_estimate(values) == expected
 
 
 def test_bounds_cut_the_interval_and_not_the_mean():
@@ -103,10 +104,33 @@ def test_bootstrap_agrees_with_scipy():
 
 
 def test_median_with_misses_keeps_them():
-    found = median_estimate([1.0, 2.0, 3.0, math.inf, math.inf], rng())
+    found = median_estimate([1.0, 2.0, 3.0, math.inf, math.inf])
     assert (found.value, found.low, found.high) == (3.0, 1.0, math.inf)
-    most = median_estimate([1.0, math.inf, math.inf], rng())
+    most = median_estimate([1.0, math.inf, math.inf])
     assert most.value == math.inf, f"two misses of three give the median {most.value}"
+
+
+def test_median_interval_is_that_of_the_order_statistics():
+    """Hettmansperger and Sheather: between the ranks whose binomial coverage surrounds 95 %."""
+    found = median_estimate(np.arange(1.0, 11.0))
+    outer, inner = (stats.binom.cdf(10 - r, 10, 0.5) - stats.binom.cdf(r - 1, 10, 0.5) for r in (2, 3))
+    share = (outer - 0.95) / (outer - inner)
+    weight = (10 - 2) * share / (2 + (10 - 4) * share)
+    assert (found.value, found.low, found.high) == pytest.approx((5.5, 2 + weight, 9 - weight))
+    assert median_estimate([3.0, 1.0, 2.0]) == Estimate(2.0, 1.0, 3.0, 3), "up to five values: the range"
+    missed = median_estimate([*range(1, 9), math.inf, math.inf])
+    assert missed.high == math.inf, "an end between a time and a miss is a miss"
+
+
+def test_bootstrap_t_of_a_mean_is_students_interval():
+    values = np.random.default_rng(7).normal(0, 1, 6)
+    drawn = values[np.random.default_rng(8).integers(6, size=(200_000, 6))].mean(axis=1)
+    found, truth = bootstrap_t_estimate(values.mean(), drawn, 6), mean_estimate(values)
+    assert (found.low, found.high) == pytest.approx((truth.low, truth.high), abs=0.01)
+    assert bootstrap_t_estimate(1.0, drawn, 1) == Estimate(1.0, n=1)
+    missed = bootstrap_t_estimate(0.0, [0.0, 0.1, -0.1, -math.inf], 4)
+    assert missed.low == -math.inf, "a quarter of the samples missed, but the interval does not say so"
+    assert math.isfinite(missed.high)
 
 
 def test_time_to_target_against_a_loop():
@@ -126,10 +150,10 @@ def test_time_to_target_against_a_loop():
 
 def test_censored_ratio():
     inf = math.inf
-    assert censored_ratio([4.0, 4.0, 4.0], [2.0, 2.0, inf], rng()).value == 2.0
-    assert censored_ratio([4.0], [inf], rng()).value == 0.0, "the arm alone missed: it is infinitely slower"
-    assert censored_ratio([inf], [4.0], rng()).value == inf
-    both = censored_ratio([inf, 4.0], [inf, 2.0], rng())
+    assert censored_ratio([4.0, 4.0, 4.0], [2.0, 2.0, inf]).value == 2.0
+    assert censored_ratio([4.0], [inf]).value == 0.0, "the arm alone missed: it is infinitely slower"
+    assert censored_ratio([inf], [4.0]).value == inf
+    both = censored_ratio([inf, 4.0], [inf, 2.0])
     assert both == Estimate(n=2), f"a pair in which both missed says nothing, but {both} was claimed"
 
 

@@ -1,8 +1,15 @@
 """The tables and verdicts on synthetic sweeps with known truth."""
 
 import pytest
+
+from analysis.errors import ReportError
+from analysis.measured import left_out
+from analysis.summary import answer
+from analysis.tables import control_table, front_volume, pareto_table
+from analysis.targets import target_table
 from analysis_records import (
     CPU,
+    RECIPE,
     SOFTWARE,
     TASK,
     bp,
@@ -19,11 +26,6 @@ from analysis_records import (
     synthetic,
     with_run,
 )
-
-from analysis.errors import ReportError
-from analysis.measured import left_out
-from analysis.summary import answer
-from analysis.tables import control_table, front_volume, pareto_table, target_table
 
 # --- known truth -------------------------------------------------------------------------------------------------
 
@@ -61,6 +63,20 @@ def test_control_split_finds_the_truth(tmp_path):
             found = rows[arm][key]
             slack = 0.1 if key.startswith("seconds") else 0.004
             assert found.value == pytest.approx(value, abs=slack), f"{arm} {key}: {found} is not {value}"
+
+
+def test_the_machinery_is_told_apart_where_the_plan_changes_no_work(tmp_path):
+    lines = with_run(synthetic(5), lambda r: r["arm"] == "dbp" and r["role"] == "control", steps=32)
+    _, (group,) = groups_of(tmp_path, lines)
+    table = control_table(group)
+    rows = {row["arm"]: row for row in table.rows}
+    assert rows["ldb"]["overhead"].value == pytest.approx(-2, abs=0.1), "same recipe, steps and examples"
+    assert rows["ldb"]["overhead_ratio"].value == pytest.approx(0.8, rel=0.01)
+    assert rows["dbp"]["overhead"] is None, "half the steps are another plan, not machinery"
+    assert "plan differs" in table.cells(rows["dbp"])
+    others = with_run(synthetic(5), lambda r: r["role"] == "control", recipe=RECIPE | {"lr": 0.2})
+    _, (group,) = groups_of(tmp_path, others)
+    assert "overhead" not in [c.key for c in control_table(group).columns], "a column that says nothing"
 
 
 def test_hypervolume_is_in_units_of_the_baseline(tmp_path):
@@ -218,7 +234,8 @@ def test_search_only_is_a_report_that_says_so(tmp_path):
         ("bp", "3", "0.82", "bp lr=0.3"),
         ("ldb", "3", "0.82", "ldb(drop_rate=0.6) lr=0.3"),
     ]
-    assert not any(name.startswith("figures/") for name in contents), "a search has no time axis"
+    drawn = {name.rpartition("/")[2].partition("-")[0] for name in contents if name.startswith("figures/")}
+    assert drawn == {"knobs"}, f"a search has no time axis, but the figures are {drawn}"
 
 
 def test_unequal_search_budgets_are_named(tmp_path):

@@ -1,14 +1,14 @@
 """MLflow agrees with the records: three levels, once each, whatever order and however often."""
 
+import gzip
 import math
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from sweep_files import ended, history, plan_of, sweep_record
 
-from fastbp.record import RecordWriter, read_records, to_line
+from fastbp.record import RecordWriter, read_records
+from sweep_files import ended, history, plan_of, sweep_record
 from sweeps.mlflow_sync import MlflowMirror, try_sync
 from sweeps.mlflow_tree import Tree
 from sweeps.mlflow_view import MAX_METRICS, mean_interval, method_name
@@ -182,19 +182,46 @@ def test_the_artifacts_hold_every_line_of_the_records(tmp_path, uri, sweep):
     report.write_text("<html></html>")
     MlflowMirror(path, uri).sync(final=True, report=report)
     found, client = runs_of(uri, plan.sweep.name)
-    seen, target = [], tmp_path / "downloads"
-    target.mkdir()
     for run in found:
         names = {item.path for item in client.list_artifacts(run.info.run_id)}
-        level = run.data.tags["fastbp.level"]
-        expected = {"sweep": {"sweep.jsonl", "report.html"}, "cell": set(), "run": {"records.jsonl"}}[level]
+        expected = {"records", "report.html"} if run.data.tags["fastbp.level"] == "sweep" else set()
         assert names == expected, f"{run.info.run_name} has artifacts {names}"
-        for name in names - {"report.html"}:
-            file = client.download_artifacts(run.info.run_id, name, str(target))
-            seen += Path(file).read_text(encoding="utf-8").splitlines()
-    local = [to_line(record).strip() for record in read_records(path)]
-    differing = Counter(seen) - Counter(local), Counter(local) - Counter(seen)
-    assert differing == ({}, {}), f"only in MLflow, only in the records: {differing}"
+    assert uploaded(uri, plan) == [path.read_bytes()], "the artifact is not the records file"
+
+
+def uploaded(uri, plan):
+    """Contents of the record artifacts of the tracked sweep."""
+    found, client = runs_of(uri, plan.sweep.name)
+    (sweep_run,) = by_level(found, "sweep")
+    items = client.list_artifacts(sweep_run.info.run_id, "records")
+    return [gzip.decompress(Path(client.download_artifacts(sweep_run.info.run_id, i.path)).read_bytes()) for i in items]
+
+
+def test_records_are_uploaded_while_small_then_when_they_grew_and_at_the_end(tmp_path, uri, sweep, monkeypatch):
+    plan, trials, _ = sweep
+    path = write(tmp_path / "records.jsonl", sweep_record(plan), *history(trials[0]))
+    MlflowMirror(path, uri).sync()
+    small = path.read_bytes()
+    assert uploaded(uri, plan) == [small]
+    monkeypatch.setattr("sweeps.mlflow_sync.SMALL_BYTES", 10)
+    with path.open("ab") as file:
+        file.write(b" " * (len(small) // 20))
+    MlflowMirror(path, uri).sync()
+    assert uploaded(uri, plan) == [small], "a twentieth more is uploaded again"
+    MlflowMirror(path, uri).sync(final=True)
+    assert uploaded(uri, plan) == [path.read_bytes()], "the end is not uploaded"
+    write(path, *history(trials[1]), *history(trials[2]))
+    MlflowMirror(path, uri).sync()
+    assert uploaded(uri, plan) == [path.read_bytes()], "records that grew by more than a tenth are not uploaded"
+
+
+def test_two_machines_that_share_a_sweep_have_a_file_each(tmp_path, uri, sweep):
+    plan, trials, _ = sweep
+    for i in range(2):
+        path = write(tmp_path / f"machine{i}" / "records.jsonl", sweep_record(plan), *history(trials[i]))
+        MlflowMirror(path, uri).sync(final=True)
+    expected = {(tmp_path / f"machine{i}" / "records.jsonl").read_bytes() for i in range(2)}
+    assert set(uploaded(uri, plan)) == expected, "one machine's records replaced the other's"
 
 
 def test_an_absent_server_is_one_line_and_not_an_exception(tmp_path, sweep, monkeypatch):

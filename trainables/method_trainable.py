@@ -33,17 +33,25 @@ class MethodTrainable(tune.Trainable):
         if config.get("git_commit"):  # of the driver: workers may run from a copy without history
             os.environ["FASTBP_GIT_COMMIT"] = config["git_commit"]
             os.environ["FASTBP_GIT_DIRTY"] = str(int(config["git_dirty"]))
-        self.run = Run(
+        self.run = self._new_run(config)
+        self._first = True
+        self._returned: float | None = None  # when the last step ended; checkpoints push it on
+        if config.get("checkpoint"):
+            try:
+                self.load_checkpoint(str(Path(config["checkpoint"]).parent))
+            except Exception as error:  # a torn file, as a killed driver leaves it: from the beginning instead
+                print(f"checkpoint {config['checkpoint']} cannot be used ({error}); the run starts anew")
+                self.run = self._new_run(config)
+
+    @staticmethod
+    def _new_run(config: dict[str, Any]) -> Run:
+        return Run(
             RunConfig.from_dict(config["run"]),
             device=config.get("device"),
             threads=config.get("threads"),
             exclusive=config.get("exclusive", False),
             attempt=config.get("attempt", 0),
         )
-        self._first = True
-        self._returned: float | None = None  # when the last step ended; checkpoints push it on
-        if config.get("checkpoint"):
-            self.load_checkpoint(str(Path(config["checkpoint"]).parent))
 
     def step(self) -> dict[str, Any]:
         if self._returned is not None:
