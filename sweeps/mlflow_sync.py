@@ -14,6 +14,7 @@ import platform
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +132,10 @@ class MlflowMirror:
         key = f"sweep/{sweep.file_hash}"
         known = self._ensure(key, sweep.sweep, sweep, view.sweep_tags(sweep), view.millis(sweep.started_at))
         statuses = [h.run.status for h in tree.runs.values()]
-        status = view.end_of(statuses, final, complete=view.is_complete(sweep, [h.run for h in tree.runs.values()]))
-        digest = f"{status} {len(statuses)}{f' {report.stat().st_mtime_ns}' if report else ''}"
+        complete = view.is_complete(sweep, [h.run for h in tree.runs.values()], final)
+        status = view.end_of(statuses, final, complete)
+        counts = ",".join(f"{name}={count}" for name, count in sorted(Counter(statuses).items()))
+        digest = f"{status} {counts}{f' {report.stat().st_mtime_ns}' if report else ''}"
         if known.state == digest or (report is None and known.state.startswith(f"{digest} ")):
             return 0, known.run_id
         if report is not None:

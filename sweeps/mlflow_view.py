@@ -35,12 +35,15 @@ def planned_runs(sweep: SweepRecord, run: RunRecord) -> int:
     return len(sweep.seeds) if run.phase == "measure" else sweep.search_trials
 
 
-def is_complete(sweep: SweepRecord, runs: list[RunRecord]) -> bool:
-    """Whether every planned measure cell, or without a measure part every search trial, has ended."""
+def is_complete(sweep: SweepRecord, runs: list[RunRecord], final: bool) -> bool:
+    """Whether every planned measure cell has ended; a sweep that only searches is complete when it says so.
+
+    The number of measure cells is 0 until the search is over.
+    """
     ended = [run for run in runs if run.status != "running"]
-    if sweep.measure_cells:
-        return sum(run.phase == "measure" for run in ended) >= sweep.measure_cells
-    return len(ended) >= len(sweep.arms)
+    if sweep.seeds:
+        return 0 < sweep.measure_cells <= sum(run.phase == "measure" for run in ended)
+    return final and len(ended) == len(runs) > 0
 
 
 def end_of(statuses: list[str], final: bool, complete: bool) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from fastbp.record import RecordWriter, read_records
+from fastbp.record import RecordWriter, RunRecord, SweepRecord, read_records
 from sweep_files import ended, history, plan_of, sweep_record
+from sweeps import mlflow_view as view
 from sweeps.mlflow_sync import MlflowMirror, try_sync
 from sweeps.mlflow_tree import Tree
 from sweeps.mlflow_view import MAX_METRICS, mean_interval, method_name
@@ -245,3 +246,20 @@ def test_method_names_show_the_combination():
     inner = {"method": "ldb", "inner": {"method": "bp"}}
     assert method_name({"method": "dbp", "inner": inner}) == "dbp+ldb"
     assert method_name({"method": "bp"}) == "bp"
+
+
+def test_a_sweep_is_running_until_all_its_measure_cells_ended():
+    def run(status, phase):
+        return RunRecord(run_key=f"{status}{phase}", status=status, phase=phase)
+
+    searching = SweepRecord(arms=["bp", "ldb"], seeds=[0, 1], search_trials=4)
+    runs = [run("finished", "search")] * 8
+    assert not view.is_complete(searching, runs, final=False), "the search is over, the measuring is still to come"
+    assert view.end_of(["finished"] * 8, False, False) == "RUNNING"
+    measuring = SweepRecord(arms=["bp", "ldb"], seeds=[0, 1], measure_cells=2)
+    assert not view.is_complete(measuring, [run("finished", "measure")], final=False)
+    assert view.is_complete(measuring, [run("finished", "measure")] * 2, final=False)
+    search_only = SweepRecord(arms=["bp", "ldb"], search_trials=4)
+    assert not view.is_complete(search_only, runs, final=False)
+    assert view.is_complete(search_only, runs, final=True)
+    assert not view.is_complete(search_only, [*runs, run("running", "search")], final=True)
