@@ -81,7 +81,7 @@ def test_a_failing_arm_does_not_stop_the_others(sweep):
 def test_the_command_fails_and_says_which_run_and_why(sweep):
     _, result = sweep
     assert result.exit_code == 1, f"exit code {result.exit_code}\n{result.output}"
-    assert "failed:  search broken method seed 0: RuntimeError: boom in the backward pass" in result.output
+    assert "failed:  search broken method seed 1000: RuntimeError: boom in the backward pass" in result.output
     assert "missing: measure nan: no search trial finished" in result.output
     assert "mlflow ui --backend-store-uri sqlite:///" in result.output
     assert "Traceback" not in result.output, result.output
