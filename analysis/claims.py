@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from analysis.errors import ReportError
-from analysis.frames import where
 from analysis.load import Results
 from analysis.measured import Arm, Group
-from analysis.statistics import Estimate, ratio_estimate, time_to_target
+from analysis.statistics import Estimate
 from analysis.table import Column, Table
 from analysis.tables import accuracy_gain, speed_up
+from analysis.targets import group_curves, target_speed_up, target_times
 
 PUBLISHED = Path(__file__).parent / "published" / "claims.toml"
 MIN_SEEDS = 3
@@ -33,7 +34,7 @@ class Claim:
         text: the claim in one sentence.
         source: paper and place.
         metric: one of METRICS; a ratio is arm over baseline.
-        at_most, at_least: the bound that the metric must keep; one of the two.
+        at_most, at_least, above: the bound that the metric must keep, `above` strictly; one of the three.
         where: what a measurement must match, see `published/claims.toml`.
     """
 
@@ -44,19 +45,23 @@ class Claim:
     metric: str
     at_most: float | None = None
     at_least: float | None = None
+    above: float | None = None
     where: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in METRICS:
             raise ReportError(f"claim {self.id}: metric {self.metric!r} is none of {', '.join(METRICS)}")
-        if (self.at_most is None) == (self.at_least is None):
-            raise ReportError(f"claim {self.id}: give one of at_most and at_least")
+        if sum(bound is not None for bound in (self.at_most, self.at_least, self.above)) != 1:
+            raise ReportError(f"claim {self.id}: give one of at_most, at_least and above")
 
     @property
     def bound(self) -> str:
-        if self.at_most is not None:
-            return f"≤ {self.at_most:g}"
-        return f"≥ {self.at_least:g}"
+        sign, value = next(
+            (sign, value)
+            for sign, value in (("≤", self.at_most), ("≥", self.at_least), (">", self.above))
+            if value is not None
+        )
+        return f"{sign}\N{NO-BREAK SPACE}{value:g}".replace("-", "−")
 
 
 def load_claims(path: Path = PUBLISHED) -> list[Claim]:
@@ -84,9 +89,11 @@ def verdict(claim: Claim, estimate: Estimate) -> Verdict:
         return "not enough data"
     if claim.at_most is not None:
         inside, outside = estimate.high <= claim.at_most, estimate.low > claim.at_most
-    else:
-        assert claim.at_least is not None
+    elif claim.at_least is not None:
         inside, outside = estimate.low >= claim.at_least, estimate.high < claim.at_least
+    else:
+        assert claim.above is not None
+        inside, outside = estimate.low > claim.above, estimate.high <= claim.above
     return "confirmed" if inside else "contradicted" if outside else "not enough data"
 
 
@@ -138,8 +145,11 @@ def _row(claim: Claim, group: Group, arm: Arm, results: Results) -> dict[str, An
     why = mismatch(claim, group, arm)
     said: Verdict = "not comparable" if why else verdict(claim, estimate)
     if said == "not enough data":
-        few = f"{estimate.n} paired seeds, at least {MIN_SEEDS} are needed"
-        why = few if estimate.n < MIN_SEEDS else "the interval contains the bound"
+        why = "the interval contains the bound"
+        if estimate.n < MIN_SEEDS:
+            why = f"{estimate.n} paired seeds, at least {MIN_SEEDS} are needed"
+        elif estimate.low is None:
+            why = "a pair of runs both missed the target"
     return {
         "claim": claim.text,
         "source": claim.source,
@@ -151,12 +161,22 @@ def _row(claim: Claim, group: Group, arm: Arm, results: Results) -> dict[str, An
     }
 
 
-def _seconds_ratio(group: Group, arm: Arm, results: Results) -> Estimate:
-    faster = speed_up(group, arm)
-    if faster.value is None:
-        return faster
-    low, high = (None if x is None else 1 / x for x in (faster.high, faster.low))
-    return Estimate(1 / faster.value, low, high, faster.n)
+def _inverse(speed: Callable[[Group, Arm, Results], Estimate]) -> Callable[[Group, Arm, Results], Estimate]:
+    """A time ratio, arm over baseline, from a speed-up; a speed-up of 0 is a target that was never reached."""
+
+    def ratio(group: Group, arm: Arm, results: Results) -> Estimate:
+        one = speed(group, arm, results)
+        if one.value is None:
+            return one
+        ends = (one.value, one.high, one.low)
+        value, low, high = (None if x is None else math.inf if x == 0 else 1 / x for x in ends)
+        return Estimate(value, low, high, one.n)
+
+    return ratio
+
+
+def _speed_up(group: Group, arm: Arm, results: Results) -> Estimate:
+    return speed_up(group, arm)
 
 
 def _accuracy_difference(group: Group, arm: Arm, results: Results) -> Estimate:
@@ -164,25 +184,20 @@ def _accuracy_difference(group: Group, arm: Arm, results: Results) -> Estimate:
 
 
 def _target_ratio(group: Group, arm: Arm, results: Results) -> Estimate:
-    """Seconds to the baseline's mean final validation accuracy, paired; empty where a run missed it."""
+    """Seconds to the baseline's mean final validation accuracy over the baseline's, paired by seed.
+
+    Every run counts, also those that diverged or failed; the estimate is empty where both runs of a pair missed.
+    """
     baseline = group.baseline_of(arm)
     if baseline is None:
         return Estimate()
     target = float(baseline.timed["val_accuracy"].to_numpy(dtype=float).mean())
-    seeds = [seed for seed in arm.timed.index if seed in baseline.timed.index]
-    times = [[_reach(results, one.timed.loc[seed, "run_key"], target) for seed in seeds] for one in (arm, baseline)]
-    if any(t == float("inf") for side in times for t in side):
-        return Estimate(n=len(seeds))
-    return ratio_estimate(*times)
-
-
-def _reach(results: Results, key: Any, target: float) -> float:
-    epochs = where(results.epochs, results.epochs["run_key"] == key).sort_values(by="epoch")
-    return time_to_target(epochs["train_seconds"].to_numpy(), epochs["val_accuracy"].to_numpy(), target)
+    curves = group_curves(group, results)
+    return target_speed_up(target_times(arm, curves, target), target_times(baseline, curves, target))
 
 
 _MEASURES: dict[str, Callable[[Group, Arm, Results], Estimate]] = {
-    "seconds_ratio": _seconds_ratio,
-    "target_ratio": _target_ratio,
+    "seconds_ratio": _inverse(_speed_up),
+    "target_ratio": _inverse(_target_ratio),
     "accuracy_difference": _accuracy_difference,
 }

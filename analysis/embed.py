@@ -35,6 +35,9 @@ def summary(report: Report) -> str:
         sentences = "".join(
             f"- {c.verdict}: **{markdown(c.arm.name)}**: {markdown(c.sentence)}.\n" for c in section.answer.comparisons
         )
-        pieces.append(f"**{markdown(section.answer.headline)}**\n\n{markdown(section.answer.basis)}\n\n{sentences}\n")
+        notes = "".join(f"\n{markdown(note)}\n" for note in section.answer.notes)
+        pieces.append(
+            f"**{markdown(section.answer.headline)}**\n\n{markdown(section.answer.basis)}\n\n{sentences}{notes}"
+        )
         pieces += [f"{to_markdown(table)}\n" for table in section.tables if table.name == "pareto"]
     return "\n".join(pieces)

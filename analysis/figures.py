@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from analysis.attainment import band
 from analysis.curves import epochs_of, learning_curves
 from analysis.frames import known, where
-from analysis.knobs import Knob, figure_names, running_median
+from analysis.knobs import Knob, figure_names
 from analysis.labels import Style, shortened
 from analysis.measured import Arm, Group
 from analysis.profiles import FACTORS, Profile
@@ -112,7 +112,7 @@ def _knob(axes: Axes, knob: Knob, style: Style) -> None:
         axes.xaxis.set_minor_formatter("")
     shown = np.isfinite(knob.measured)
     axes.plot(knob.values, 100 * knob.accuracy, style.marker, color=style.light, alpha=0.7, label="trials")
-    axes.plot(knob.values, 100 * running_median(knob.accuracy), color=style.light, linewidth=1.4, label="median")
+    axes.plot(knob.values, 100 * knob.line, color=style.light, linewidth=1.4, label="median")
     if shown.any():
         axes.plot(
             knob.measured[shown], 100 * knob.measured_accuracy[shown], style.marker,

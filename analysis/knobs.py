@@ -45,6 +45,11 @@ class Knob:
         return self.values.dtype.kind == "f"
 
     @property
+    def line(self) -> NDArray[np.float64]:
+        """(n,) what joins the trials: a running median, or where that would smooth few trials away, the trials."""
+        return running_median(self.accuracy) if len(self.accuracy) >= 2 * WINDOW else self.accuracy
+
+    @property
     def is_log(self) -> bool:
         """Whether the values are spread over a factor of thirty or more."""
         return self.is_number and bool(self.values[0] > 0) and bool(self.values[-1] >= 30 * self.values[0])

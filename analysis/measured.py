@@ -98,9 +98,8 @@ class Group:
     def control_of(self, arm: Arm) -> Arm | None:
         """The arm's control: same sweep, arm name and recipe."""
         found = [a for a in self.arms if a.role == "control" and a.sweep == arm.sweep and a.arm == arm.arm]
-        found = [a for a in found if a.n]
-        same = [a for a in found if a.recipe == arm.recipe]
-        return (same or found or [None])[0]
+        same = [a for a in found if a.n and a.recipe == arm.recipe]
+        return min(same, key=lambda a: _differing(a.values, arm.values), default=None)
 
     @lru_cache(maxsize=512)  # noqa: B019  a handful of groups per report
     def accuracy(self, arm: Arm) -> Estimate:
@@ -109,6 +108,10 @@ class Group:
     @lru_cache(maxsize=512)  # noqa: B019
     def seconds(self, arm: Arm) -> Estimate:
         return median_estimate(arm.timed["train_seconds"])
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> int:
+    return sum(a.get(name) != b.get(name) for name in {*a, *b})
 
 
 def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Group]:

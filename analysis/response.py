@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.knobs import Knob, figure_names, running_median
+from analysis.knobs import Knob, figure_names
 from analysis.plot import Axis, Plot, axis
 
 WIDTH, HEIGHT = 340, 240  # pixels
@@ -40,7 +40,7 @@ def response(knob: Knob) -> Response:
     values = [float(v) for v in (*knob.values, *measured)]
     x = _log_axis(values, pixels, title) if knob.is_log else axis(values, pixels, title)
     y = axis([float(v) for v in (*scores, *beside)], (HEIGHT - 44.0, 10.0), "validation accuracy (%)")
-    line = _points(knob.values, running_median(scores), x, y, log=knob.is_log)
+    line = _points(knob.values, 100 * knob.line, x, y, log=knob.is_log)
     path = " ".join(f"{'L' if i else 'M'}{a:g},{b:g}" for i, (a, b) in enumerate(line))
     name = f"{knob.sweep}/{knob.arm}" if knob.sweep else knob.arm
     return Response(

@@ -13,6 +13,8 @@ from analysis.table import estimate, number
 from analysis.tables import front
 
 CLAIM_SEEDS = 5
+MARGIN_ACCURACY = 0.01  # a faster method wins only where a loss of more than this fraction is excluded
+MARGIN_SPEED = 0.9  # a more accurate one only where a speed-up below this is
 
 Verdict = Literal["wins", "trade-off", "undecided", "loses", "not enough data"]
 Sign = Literal[-1, 0, 1]
@@ -72,7 +74,42 @@ def compare(group: Group, arm: Arm) -> Comparison:
     elif faster + better < 0:
         verdict = "loses"
     sentence = f"{_speed_words(speed, faster)}, {_gain_words(gain, better)}"
-    return Comparison(arm, verdict, speed, gain, sentence + (_unseen(effects) if verdict == "undecided" else ""))
+    doubts = [*_open_losses(speed, faster, gain, better), *_unequal_budget(group, arm)]
+    lost, lost_by_baseline = _lost_share(arm), _lost_share(group.baseline_of(arm))
+    if verdict == "wins" and (doubts or lost > lost_by_baseline):
+        verdict = "trade-off"
+    if verdict == "undecided":
+        sentence += _unseen(effects)
+    return Comparison(arm, verdict, speed, gain, "; ".join([sentence, *doubts, *_ended_badly(arm)]))
+
+
+def _open_losses(speed: Estimate, faster: int, gain: Estimate, better: int) -> Iterable[str]:
+    """What an undecided outcome may still cost where the other outcome is a gain."""
+    if faster > 0 and better == 0 and gain.low is not None and gain.low < -MARGIN_ACCURACY:
+        yield f"a loss of up to {number(-gain.low, 'points').removeprefix('+')} points is not excluded"
+    if better > 0 and faster == 0 and speed.low is not None and speed.low < MARGIN_SPEED:
+        yield f"a speed-up as low as {number(speed.low, 'ratio')} is not excluded"
+
+
+def _unequal_budget(group: Group, arm: Arm) -> Iterable[str]:
+    baseline = group.baseline_of(arm)
+    own, other = arm.values.get("recipe.epochs"), baseline.values.get("recipe.epochs") if baseline else None
+    if own != other:
+        yield f"not the same budget: {own} epochs against the baseline's {other}"
+
+
+def _ended_badly(arm: Arm) -> Iterable[str]:
+    """Runs that were meant to be measured and did not finish, by what became of them."""
+    counts = arm.tried["status"].value_counts()
+    for status in ("failed", "diverged", "stopped"):
+        if status in counts:
+            yield f"{counts[status]} of {len(arm.tried)} runs {status}"
+
+
+def _lost_share(arm: Arm | None) -> float:
+    if arm is None or arm.tried.empty:
+        return 0.0
+    return sum(status in ("failed", "diverged") for status in arm.tried["status"]) / len(arm.tried)
 
 
 def _unseen(effects: tuple[Effect, Effect]) -> str:

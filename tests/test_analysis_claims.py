@@ -82,7 +82,10 @@ def test_published_claims_are_well_formed():
             '[[claim]]\nid="a"\nmethod="m"\ntext="t"\nsource="s"\nmetric="speed"\nat_most=1.0',
             "metric 'speed' is none of",
         ),
-        ('[[claim]]\nid="a"\nmethod="m"\ntext="t"\nsource="s"\nmetric="seconds_ratio"', "one of at_most and at_least"),
+        (
+            '[[claim]]\nid="a"\nmethod="m"\ntext="t"\nsource="s"\nmetric="seconds_ratio"',
+            "one of at_most, at_least and above",
+        ),
     ],
 )
 def test_a_bad_claims_file_is_a_sentence(tmp_path, text, message):
