@@ -213,6 +213,7 @@ def aa_group(random, n, methods):
             index=pd.RangeIndex(n, name="seed"),
         )
         role = "method" if i else "baseline"
+        frame["status"] = "finished"
         arms.append(Arm(f"arm{i}", "aa", f"arm{i}", role, "bp", "bp", {}, frame, frame))
     return Group("A/A", "simulated", "group1", tuple(arms))
 
