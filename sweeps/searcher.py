@@ -74,7 +74,7 @@ class ListSearcher(Searcher):
         """Nothing: the records hold all that a new start needs."""
 
     def restore(self, checkpoint_path: str) -> None:
-        raise NotImplementedError("a sweep is resumed from its records: run the same file again")
+        raise RuntimeError("a sweep is resumed from its records: run the same file again")
 
 
 class ArmSearcher(ListSearcher):
