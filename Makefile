@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -23,7 +24,7 @@ demo: $(STAMP)
 	"$(BIN)/fastbp-sweep" run quickstart
 
 test: $(STAMP)
-	"$(BIN)/python" -m pytest
+	"$(BIN)/python" -m pytest -n $(JOBS)
 
 quick: $(STAMP)
 	"$(BIN)/python" -m pytest -m "not slow"
