@@ -75,7 +75,8 @@ def checked_sweep(batch: Batch, index: int) -> dict[str, Any]:
     for target in sweep["targets"]:
         if not 0 <= target <= 1:
             raise ReportError(f"{where}: targets has {target!r:.80}, expected fractions in [0, 1]")
-    for column in ("search_trials", "measure_cells"):
+    sweep["ablations"] = _checked_ablations(sweep["ablations"], where)
+    for column in ("search_trials", "measure_cells", "ablate_cells"):
         value = sweep[column] or 0
         if not isinstance(value, int) or not 0 <= value <= _WHOLE[1]:
             raise ReportError(f"{where}: {column} is {value!r:.80}, expected a whole number of at least 0")
@@ -83,6 +84,27 @@ def checked_sweep(batch: Batch, index: int) -> dict[str, Any]:
     for column in ("sweep", "started_at"):
         sweep[column] = str(sweep[column] or "")
     return sweep
+
+
+def _checked_ablations(value: Any, where: str) -> list[dict[str, Any]]:
+    """The column `ablations` of a sweep record; null is none.
+
+    Raises:
+        ReportError: it does not say which run is which cell.
+    """
+    kinds = {"arm": str, "design": str, "baseline": str, "factors": dict, "seeds": list, "cells": list, "note": str}
+    found = [] if value is None else value
+    for data in found if isinstance(found, list) else [found]:
+        ok = isinstance(data, dict) and all(isinstance(data.get(name), kind) for name, kind in kinds.items())
+        ok = ok and all(isinstance(levels, list) and levels for levels in data["factors"].values())
+        ok = ok and all(isinstance(seed, int) for seed in data["seeds"])
+        if not ok or not all(_is_cell(cell) for cell in data["cells"]):
+            raise ReportError(f"{where}: ablations has {data!r:.80}, expected arm, design, factors, seeds and cells")
+    return list(found)
+
+
+def _is_cell(cell: Any) -> bool:
+    return isinstance(cell, dict) and isinstance(cell.get("arm"), str) and isinstance(cell.get("levels"), dict)
 
 
 def checked_numbers(name: str, values: Sequence[Any], where: Where, unknown: Counter[str]) -> NDArray[Any]:

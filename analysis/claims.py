@@ -14,7 +14,7 @@ from analysis.errors import ReportError
 from analysis.load import Results
 from analysis.measured import Arm, Group
 from analysis.statistics import Estimate
-from analysis.table import Column, Table
+from analysis.table import Column, Kind, Table
 from analysis.tables import accuracy_gain, speed_up
 from analysis.targets import group_curves, target_speed_up, target_times
 
@@ -61,7 +61,13 @@ class Claim:
             for sign, value in (("≤", self.at_most), ("≥", self.at_least), (">", self.above))
             if value is not None
         )
-        return f"{sign}\N{NO-BREAK SPACE}{value:g}".replace("-", "−")
+        shown = f"{100 * value:g} points" if self.kind == "points" else f"{value:g}×"
+        return f"{sign} {shown}".replace("-", "−").replace(" ", "\N{NO-BREAK SPACE}")
+
+    @property
+    def kind(self) -> Kind:
+        """How its metric reads."""
+        return "points" if self.metric == "accuracy_difference" else "ratio"
 
 
 def load_claims(path: Path = PUBLISHED) -> list[Claim]:
@@ -125,12 +131,12 @@ def claim_table(group: Group, results: Results, claims: Sequence[Claim]) -> Tabl
     ]
     columns = (
         Column("claim", "published claim"),
-        Column("source", "source"),
-        Column("arm", "arm"),
-        Column("bound", "bound"),
-        Column("measured", "measured here", "number"),
         Column("verdict", "verdict"),
+        Column("measured", "measured here", "number"),
+        Column("bound", "bound"),
+        Column("arm", "arm"),
         Column("why", "why"),
+        Column("source", "source"),
     )
     caption = (
         "Bounds are the papers' own figures; ratios are arm over backprop, paired by seed, with 95 % intervals. A "
@@ -156,6 +162,7 @@ def _row(claim: Claim, group: Group, arm: Arm, results: Results) -> dict[str, An
         "arm": arm.name,
         "bound": claim.bound,
         "measured": estimate,
+        "measured_kind": claim.kind,
         "verdict": said,
         "why": why,
     }

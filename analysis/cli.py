@@ -179,7 +179,7 @@ def _rich_table(group: Group, pareto: Table) -> RichTable:
     for key, title in shown.items():
         is_name = key == "arm"
         out.add_column(title, justify="left" if is_name else "right", overflow="fold", no_wrap=not is_name)
-    columns: dict[str, Column] = {c.key: c for c in pareto.columns}
+    columns: dict[str, Column] = {c.key: c for c in pareto.shown}
     for row in pareto.rows:
         cells = [text(row.get(key), columns[key]) for key in shown]
         below = [cells[0], *(_interval_below(cell) for cell in cells[1:])]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 SCHEMA_VERSION = 1
 STATUSES = ("finished", "stopped", "failed", "diverged", "running")
-PHASES = ("search", "measure", "single")
+PHASES = ("search", "measure", "ablate", "single")
+TIMED = ("measure", "ablate")  # phases of runs that are alone on their device
 ROLES = ("baseline", "method", "control")
 
 SEGMENTS = (
@@ -29,6 +30,7 @@ RUN_NUMBERS = (
     "val_accuracy",
     "best_val_accuracy",
     "test_accuracy",
+    "workers",  # null in records of before there were runs on several devices: one
 )
 RUN_TEXTS = ("run_key", "sweep", "phase", "arm", "role", "status", "reason", "git_commit")
 RUN_FLAGS = ("exclusive", "resumed", "git_dirty")
@@ -38,6 +40,7 @@ EPOCH_NUMBERS = ("attempt", "epoch", "train_seconds", "val_accuracy")
 EPOCH_TEXTS = ("run_key",)
 
 SWEEP_COLUMNS = ("sweep", "arms", "search_trials", "seeds", "measure_cells", "targets", "started_at")
+SWEEP_COLUMNS += ("ablate_cells", "ablations")
 
 WHOLE = ("attempt", "seed", "epoch")  # numbers that are never null
 

@@ -15,6 +15,7 @@ from analysis.measured import ROLE_ORDER
 from analysis.table import Column, Table
 
 CELL = ("sweep", "phase", "arm", "role")
+_PHASE_ORDER = {"search": 0, "measure": 1, "ablate": 2}
 ENDS = ("finished", "stopped", "failed", "diverged")
 
 
@@ -26,7 +27,8 @@ def summary_table(results: Results) -> Table:
 
     def place(key: tuple[Any, ...]) -> tuple[Any, ...]:
         sweep, phase, arm, role = key
-        return sweep, phase != "search", order.get((sweep, arm), len(order)), arm, ROLE_ORDER[role]
+        place = order.get((sweep, arm.partition("/")[0]), len(order))  # cells of an ablation stand behind their arm
+        return sweep, _PHASE_ORDER.get(phase, 1), place, arm, ROLE_ORDER[role]
 
     keys = sorted({*found, *planned}, key=place)
     rows = []
@@ -65,6 +67,17 @@ def planned_cells(results: Results) -> dict[tuple[Any, ...], int]:
             key = (sweep["sweep"], "measure", arm, _role(sweep["sweep"], "measure", arm, found))
             if sweep["seeds"]:
                 out[key] = len(sweep["seeds"]) * settings.get(key, 1)
+        for arm, seeds in _ablated_seeds(sweep).items():
+            out[sweep["sweep"], "ablate", arm, _role(sweep["sweep"], "ablate", arm, found)] = len(seeds)
+    return out
+
+
+def _ablated_seeds(sweep: dict[str, Any]) -> dict[str, set[int]]:
+    """Arm of a cell to the seeds over which the sweep's ablations run it."""
+    out: dict[str, set[int]] = {}
+    for ablation in sweep["ablations"]:
+        for cell in ablation["cells"]:
+            out.setdefault(cell["arm"], set()).update(ablation["seeds"])
     return out
 
 
@@ -93,11 +106,11 @@ def _settings_per_cell(runs: pd.DataFrame) -> dict[Any, int]:
 def _summary_caption(results: Results) -> str:
     caption = "Every run of the records, none dropped."
     for sweep in results.sweeps:
-        if sweep["measure_cells"]:
-            runs = where(results.runs, (results.runs["sweep"] == sweep["sweep"]) & (results.runs["phase"] == "measure"))
-            done = count(runs["status"] == "finished")
-            name, planned = sweep["sweep"] or "the sweep", sweep["measure_cells"]
-            caption += f" Of {name}, {done} of {planned} planned measured runs finished."
+        for phase, planned in (("measure", sweep["measure_cells"]), ("ablate", sweep["ablate_cells"])):
+            runs = where(results.runs, (results.runs["sweep"] == sweep["sweep"]) & (results.runs["phase"] == phase))
+            done, what = count(runs["status"] == "finished"), {"measure": "measured", "ablate": "ablation"}[phase]
+            if planned:
+                caption += f" Of {sweep['sweep'] or 'the sweep'}, {done} of {planned} planned {what} runs finished."
     if not results.sweeps:
         caption += " There is no sweep record, so what was planned is unknown."
     return caption + _code(results.runs)

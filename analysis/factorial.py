@@ -7,15 +7,16 @@ none. All effects are computed within a seed first and then averaged over the se
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from analysis.comparisons import MIN_SEEDS
 from analysis.measured import Arm, Group
 from analysis.paired import holm, t_test
-from analysis.statistics import Estimate, mean_estimate
+from analysis.statistics import mean_estimate
 from analysis.table import Column, Table
 
 Design = dict[frozenset[str], NDArray[np.float64]]
@@ -90,20 +91,21 @@ def factorial_table(group: Group) -> Table:
             count = len(contexts(study.accuracy, {component}))
             if count:
                 effects = [main_effect(d, component) for d in (study.accuracy, study.log_seconds)]
-                rows.append(_row(group, study, {"effect": component, "contexts": count}, effects))
+                rows.append(effect_row(_of(study, group, {"effect": component, "contexts": count}), effects))
         for first, second in itertools.combinations(study.components, 2):
             count = len(contexts(study.accuracy, {first, second}))
             if count:
                 effects = [interaction(d, first, second) for d in (study.accuracy, study.log_seconds)]
-                rows.append(_row(group, study, {"effect": f"{first} × {second}", "contexts": count}, effects))
+                names = {"effect": f"{first} × {second}", "contexts": count}
+                rows.append(effect_row(_of(study, group, names), effects))
     caption = (
         "Main effect: with the component minus without, averaged over the arms that differ in nothing else. "
         "Interaction (×): how much more one does where the other is present; 0 points and 1.00× where effects "
         "simply add up (times: multiply). Paired over seeds, 95 % t intervals; time as a ratio, below 1 is "
         "faster. p: t test, Holm over this table. Arms keep the recipes they were measured with."
     )
-    columns = (Column("effect", "effect"), Column("contexts", "contexts", "count"), *_OUTCOMES)
-    return _corrected("factorial", "Effects and interactions of the components", caption, columns, rows)
+    columns = (Column("effect", "effect"), Column("contexts", "contexts", "count"), *OUTCOMES)
+    return corrected("factorial", "Effects and interactions of the components", caption, columns, rows)
 
 
 def ablation_table(group: Group) -> Table:
@@ -124,11 +126,11 @@ def ablation_table(group: Group) -> Table:
         "faster). A component earns its place in a combination if removing it makes things worse. Paired over "
         "seeds, 95 % t intervals; p: t test, Holm over this table."
     )
-    columns = (Column("component", "component"), Column("step", "step"), *_OUTCOMES)
-    return _corrected("ablation", "One in, one out", caption, columns, rows)
+    columns = (Column("component", "component"), Column("step", "step"), *OUTCOMES)
+    return corrected("ablation", "One in, one out", caption, columns, rows)
 
 
-_OUTCOMES = (
+OUTCOMES = (
     Column("n", "seeds", "count"),
     Column("accuracy", "accuracy", "points"),
     Column("accuracy_p", "p, Holm", "p"),
@@ -140,27 +142,34 @@ _OUTCOMES = (
 def _step(group: Group, study: Study, what: str, before: frozenset[str], after: frozenset[str]) -> dict:
     (component,) = before ^ after
     effects = [design[after] - design[before] for design in (study.accuracy, study.log_seconds)]
-    return _row(group, study, {"component": component, "step": what}, effects)
+    return effect_row(_of(study, group, {"component": component, "step": what}), effects)
 
 
-def _row(group: Group, study: Study, names: dict, effects: list[NDArray[np.float64]]) -> dict:
-    """Estimates of the accuracy in points and of the time as a ratio; p values are corrected later."""
+def _of(study: Study, group: Group, names: dict) -> dict:
+    """The names of a row, the first with its sweep where the group has several."""
     several = len({arm.sweep for arm in group.candidates}) > 1
     key = next(iter(names))
-    names = {**names, key: f"{study.sweep}: {names[key]}" if several else names[key]}
+    return {**names, key: f"{study.sweep}: {names[key]}" if several else names[key]}
+
+
+def effect_row(names: dict, effects: Sequence[NDArray[np.float64]] | NDArray[np.float64]) -> dict:
+    """Estimates of an effect on accuracy and log seconds, each (seeds,).
+
+    p values are corrected later; with fewer than three seeds there are none.
+    """
     accuracy, seconds = (np.where(np.isfinite(x), x, np.nan) for x in effects)
-    e: Estimate = mean_estimate(accuracy)
+    e, time = mean_estimate(accuracy), mean_estimate(seconds)
     return {
         **names,
         "n": e.n,
         "accuracy": e,
-        "accuracy_p": t_test(accuracy),
-        "time": mean_estimate(seconds).exp(),
-        "time_p": t_test(seconds),
+        "accuracy_p": t_test(accuracy) if e.n >= MIN_SEEDS else None,
+        "time": time.exp(),
+        "time_p": t_test(seconds) if time.n >= MIN_SEEDS else None,
     }
 
 
-def _corrected(name: str, title: str, caption: str, columns: tuple[Column, ...], rows: list[dict]) -> Table:
+def corrected(name: str, title: str, caption: str, columns: tuple[Column, ...], rows: list[dict]) -> Table:
     """The table with Holm's p over both outcomes of all rows."""
     raw = [row[key] for row in rows for key in ("accuracy_p", "time_p")]
     adjusted = iter(holm([np.nan if p is None else p for p in raw]).tolist())

@@ -16,17 +16,19 @@ from matplotlib.figure import Figure
 
 from analysis.attainment import band
 from analysis.curves import epochs_of, learning_curves
+from analysis.dose_drawing import OUTCOMES, draw_dose
 from analysis.frames import known, where
 from analysis.knobs import Knob, figure_names
 from analysis.labels import Style, shortened
 from analysis.measured import Arm, Group
-from analysis.profiles import FACTORS, Profile
+from analysis.profiles import MAX_FACTOR, TICKS, Profile, profile_curves
 from analysis.tables import front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_FACTOR = 4.0
+    from analysis.ablation import Dose
+
 _RC: Any = {
     "svg.hashsalt": "fastbp",
     "text.parse_math": False,
@@ -61,20 +63,26 @@ def knob_figures(knobs: Iterable[Knob], styles: dict[str, Style]) -> Iterator[tu
         yield from _saved(name, f"{first.sweep}/{first.arm}" if first.sweep else first.arm, draws)
 
 
+def dose_figures(doses: Sequence[Dose], slug: str, styles: dict[str, Style]) -> Iterator[tuple[str, bytes]]:
+    """File names and contents of one figure for each field of an ablation: accuracy and time against its levels."""
+    for i, dose in enumerate(doses, 1):
+        style = styles[dose.design.family]
+        draws = [partial(draw_dose, dose=dose, style=style, outcome=outcome) for outcome in OUTCOMES]
+        yield from _saved(f"doses-{slug}-{i}", dose.design.title, draws)
+
+
 def profile_figure(found: Profile, styles: dict[str, Style]) -> Iterator[tuple[str, bytes]]:
     """Performance profile: share of the tasks within a factor of the best, with the band of the samples."""
 
     def draw(axes: Axes) -> None:
-        factors = np.unique(np.concatenate([np.geomspace(1, MAX_FACTOR, 49), FACTORS]))
-        shares = [found.share(float(factor)) for factor in factors]
-        for j, (name, arms) in enumerate(found.arms.items()):
+        factors, curves = profile_curves(found)
+        for (name, arms), curve in zip(found.arms.items(), curves, strict=True):
             color = styles[arms[0].family].light
-            own = [share[j] for share in shares]
-            low, high = ([e.low or 0.0 for e in own], [e.high or 0.0 for e in own])
+            shares, low, high = np.array(curve).T
             axes.fill_between(factors, low, high, step="post", color=color, alpha=0.12, linewidth=0)
-            axes.step(factors, [e.value or 0.0 for e in own], where="post", color=color, label=f" {name}")
+            axes.step(factors, shares, where="post", color=color, linewidth=2, label=f" {shortened(name)}")
         axes.set(xscale="log", xlim=(1, MAX_FACTOR), ylim=(-0.02, 1.02))
-        axes.set_xticks([f for f in (1, 1.25, 1.5, 2, 3, 4) if f <= MAX_FACTOR])
+        axes.set_xticks(TICKS)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         axes.set_xlabel("time to target over the best method's")
@@ -141,7 +149,7 @@ def _pareto(axes: Axes, group: Group, styles: dict[str, Style]) -> None:
             markerfacecolor="white" if hollow else style.light,
             markersize=7,
             linewidth=1,
-            capsize=2,
+            capsize=3,
             label=f" {shortened(arm.name)}",  # matplotlib leaves out names that begin with an underscore
         )
     (right, bottom), (x, y) = (axes.get_xlim()[1], axes.get_ylim()[0]), steps(group)
@@ -158,7 +166,7 @@ def _pareto(axes: Axes, group: Group, styles: dict[str, Style]) -> None:
         axes.plot(*(100 * np.array(middle) / [100, 1]).T, color="#7a828e", linewidth=0.9, linestyle="--", zorder=1)
     if x:  # what lies below and to the right of the line is dominated
         corners = [x[0], *x, right], [bottom, *(100 * np.array(y)), 100 * y[-1]]
-        axes.plot(*corners, color="#7a828e", linewidth=1.2, zorder=1, label="front")
+        axes.plot(*corners, color="#c3cbd6", linewidth=4, solid_joinstyle="round", zorder=0.9, label="front")
         axes.set(xlim=(None, right), ylim=(bottom, None))
     axes.set_xlabel("training time (s), median")
     axes.set_ylabel(f"{group.accuracy_name} (%), mean")

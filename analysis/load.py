@@ -17,7 +17,8 @@ from analysis import columns
 from analysis.checks import checked_numbers, checked_run, checked_sweep
 from analysis.errors import ReportError
 from analysis.labels import canonical
-from analysis.sources import Batch, batches, found_files, printable
+from analysis.links import Origin, run_url
+from analysis.sources import Batch, File, batches, found_files, printable
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +31,14 @@ class Results:
             categorical.
         sweeps: the last sweep record of every sweep name.
         problems: what was wrong with the input but could be read around, one sentence each.
+        origins: run_key of every run outside the search to where it can be looked up.
     """
 
     runs: pd.DataFrame
     epochs: pd.DataFrame
     sweeps: list[dict[str, Any]]
     problems: list[str]
+    origins: dict[str, Origin] = field(default_factory=dict)
 
 
 def load(sources: Iterable[str | Path], *, tracking_uri: str | None = None) -> Results:
@@ -61,6 +64,7 @@ def load(sources: Iterable[str | Path], *, tracking_uri: str | None = None) -> R
                 sweeps.add(batch)
             runs.end_file()
         problems += runs.conflicts([file.name for file in files])
+        origins = _origins(runs.held, files, problems)
     if not runs.held:
         names = ", ".join(str(s) for s in sources)
         raise ReportError(f"{names}: there is no run in the records, so there is nothing to report")
@@ -71,7 +75,20 @@ def load(sources: Iterable[str | Path], *, tracking_uri: str | None = None) -> R
     frame, orphans = epochs.frame(runs.held)
     if orphans:
         problems.append(f"{orphans} epochs belong to no run in the records and are left out")
-    return Results(runs.frame(), frame, sweeps.last(), sorted(set(problems)))
+    return Results(runs.frame(), frame, sweeps.last(), sorted(set(problems)), origins)
+
+
+def _origins(held: dict[str, Telling], files: list[File], problems: list[str]) -> dict[str, Origin]:
+    """Of every run outside the search its file, and what MLflow calls it where the file came from there."""
+    measured = {key: files[at.file].name for key, at in held.items() if at.values["phase"] != "search"}
+    origins = {key: Origin(key, name) for key, name in measured.items()}
+    for uri, experiment in sorted({file.tracked for file in files if file.tracked}) if measured else ():
+        from analysis.mlflow_source import measured_run_ids
+
+        for key, run_id in measured_run_ids(uri, experiment, problems).items():
+            if key in origins:
+                origins[key] = Origin(key, measured[key], run_id, run_url(uri, experiment, run_id))
+    return origins
 
 
 @dataclass

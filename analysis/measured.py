@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import labels
+from analysis.columns import TIMED
 from analysis.errors import ReportError
 from analysis.frames import cells, count, known, where
 from analysis.load import Results
@@ -51,6 +52,11 @@ class Arm:
         return len(self.timed)
 
     @property
+    def workers(self) -> int:
+        """Devices that trained a run side by side."""
+        return int(self.timed["workers"].fillna(1).max()) if self.n else 1
+
+    @property
     def components(self) -> tuple[str, ...]:
         """Names of the methods in the combination, outermost first; none for plain backprop."""
         return tuple(name for name in self.family.split("+") if name != "bp")
@@ -63,12 +69,17 @@ class Arm:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Arms that may be compared: one task on one kind of hardware and software."""
+    """Arms that may be compared: one task on one kind of hardware and software.
+
+    Attributes:
+        ablated: the cells of the ablations there, which are no arms to choose from; None where there are none.
+    """
 
     title: str
     hardware: str
     slug: str
     arms: tuple[Arm, ...]
+    ablated: Group | None = None
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -109,6 +120,15 @@ class Group:
     def seconds(self, arm: Arm) -> Estimate:
         return median_estimate(arm.timed["train_seconds"])
 
+    @property
+    def side_by_side(self) -> bool:
+        """Whether a run of any arm used several devices at once."""
+        return any(arm.workers > 1 for arm in self.arms)
+
+    def device_seconds(self, arm: Arm) -> Estimate:
+        """Training seconds times the devices that trained."""
+        return median_estimate(arm.timed["train_seconds"] * arm.timed["workers"].fillna(1))
+
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> int:
     return sum(a.get(name) != b.get(name) for name in {*a, *b})
@@ -120,7 +140,7 @@ def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Grou
     Raises:
         ReportError: measured runs of unlike hardware or software, and `allow_mixed` is false.
     """
-    runs = where(results.runs, results.runs["phase"] == "measure").copy()
+    runs = where(results.runs, results.runs["phase"].isin(TIMED)).copy()
     if runs.empty:
         return []
     pairs = zip(runs["device"], runs["software"], strict=True)
@@ -139,20 +159,24 @@ def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Grou
         task = tasks[key]
         title = labels.task_label(task, full=short.count(labels.task_label(task)) > 1)
         title += f" — {stratum}" if len(strata) > 1 else ""
-        groups.append(Group(title, stratum, f"group{len(groups) + 1}", _arms(part, results)))
+        measured, others = (where(part, part["phase"] == phase) for phase in TIMED)
+        name = (title, stratum, f"group{len(groups) + 1}")
+        ablated = None if others.empty else Group(*name, _arms(others, results))
+        groups.append(Group(*name, _arms(measured, results), ablated))
     return groups
 
 
 def left_out(results: Results, groups: Iterable[Group]) -> dict[str, int]:
     """Measured runs that finished but are not drawn on a time axis, by reason."""
-    runs = where(results.runs, (results.runs["phase"] == "measure") & (results.runs["status"] == "finished"))
+    runs = where(results.runs, results.runs["phase"].isin(TIMED) & (results.runs["status"] == "finished"))
     usable = runs["exclusive"] & ~runs["resumed"]
+    drawn = sum(arm.n for group in groups for part in (group, group.ablated) if part for arm in part.arms)
     timeless = count(usable & ~known(runs["train_seconds"]))
     counts = {
         "shared their device with other work": count(~runs["exclusive"]),
         "were resumed from a checkpoint": count(runs["exclusive"] & runs["resumed"]),
         "have no training time": timeless,
-        "repeat a seed of the same arm": count(usable) - timeless - sum(a.n for g in groups for a in g.arms),
+        "repeat a seed of the same arm": count(usable) - timeless - drawn,
     }
     return {reason: count for reason, count in counts.items() if count}
 

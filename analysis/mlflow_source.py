@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from analysis.errors import ReportError
+from analysis.sources import File
 
-LEVEL_TAG = "fastbp.level"
+LEVEL_TAG, KEY_TAG = "fastbp.level", "fastbp.run_key"
 FOLDER = "records"  # of a sweep's artifacts: one file per machine that synced it
 
 
@@ -38,10 +39,8 @@ def split_uri(experiment: str, tracking_uri: str | None) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def downloaded_records(
-    experiment: str, tracking_uri: str | None, problems: list[str]
-) -> Iterator[list[tuple[Path, str]]]:
-    """Record files of an experiment and their names; the files live as long as the context.
+def downloaded_records(experiment: str, tracking_uri: str | None, problems: list[str]) -> Iterator[list[File]]:
+    """Record files of an experiment; they live as long as the context.
 
     Args:
         experiment: `NAME` or `NAME@URI`.
@@ -53,9 +52,7 @@ def downloaded_records(
         yield list(_downloaded(experiment, tracking_uri, Path(folder), problems))
 
 
-def _downloaded(
-    experiment: str, tracking_uri: str | None, folder: Path, problems: list[str]
-) -> Iterator[tuple[Path, str]]:
+def _downloaded(experiment: str, tracking_uri: str | None, folder: Path, problems: list[str]) -> Iterator[File]:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     name, uri = split_uri(experiment, tracking_uri)
@@ -75,12 +72,12 @@ def _downloaded(
         for i, sweep in enumerate(sweeps):
             target = folder / str(i)
             target.mkdir()
-            yield from _records(client, sweep, target, problems)
+            for path, file in _records(client, sweep, target, problems):
+                yield File(path, file, (uri, found.experiment_id))
     except ReportError:
         raise
     except Exception as error:  # whatever a store, a database driver or a network may raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ReportError(f"mlflow:{name}: the tracking store answers: {_without_password(reason)}") from error
+        raise ReportError(f"mlflow:{name}: the tracking store answers: {_reason(error)}") from error
 
 
 _SETTINGS = {
@@ -93,14 +90,35 @@ _SETTINGS = {
 
 def _sweeps(client: Any, experiment_id: str) -> list[Any]:
     """The tracked sweeps of an experiment, by run id."""
-    runs: list[Any] = []
+    return sorted(_found(client, experiment_id, f"tags.`{LEVEL_TAG}` = 'sweep'"), key=lambda sweep: sweep.info.run_id)
+
+
+def _found(client: Any, experiment_id: str, condition: str) -> Iterator[Any]:
+    """All runs of an experiment that meet a condition."""
     token = None
     while True:
-        page = client.search_runs([experiment_id], f"tags.`{LEVEL_TAG}` = 'sweep'", max_results=1000, page_token=token)
-        runs += page
+        page = client.search_runs([experiment_id], condition, max_results=1000, page_token=token)
+        yield from page
         token = page.token
         if not token:
-            return sorted(runs, key=lambda run: run.info.run_id)
+            return
+
+
+def measured_run_ids(uri: str, experiment_id: str, problems: list[str]) -> dict[str, str]:
+    """Run key to MLflow's run id for the runs of an experiment outside the search; of several, the last attempt's.
+
+    A store that does not answer costs the links, not the report.
+    """
+    import mlflow
+
+    condition = f"tags.`{LEVEL_TAG}` = 'run' and tags.phase != 'search'"
+    try:
+        runs = list(_found(mlflow.MlflowClient(tracking_uri=uri), experiment_id, condition))
+        runs.sort(key=lambda run: (int(run.data.tags.get("fastbp.attempt", "0")), run.info.run_id))
+    except Exception as error:  # as above
+        problems.append(f"the tracking store does not name its runs, so they have no links: {_reason(error)}")
+        return {}
+    return {run.data.tags.get(KEY_TAG, ""): run.info.run_id for run in runs}
 
 
 def _records(client: Any, sweep: Any, folder: Path, problems: list[str]) -> Iterator[tuple[Path, str]]:
@@ -112,6 +130,11 @@ def _records(client: Any, sweep: Any, folder: Path, problems: list[str]) -> Iter
         problems.append(f"{name}: the tracked sweep has no records and is left out; mend it with fastbp-sweep sync")
     for file in sorted(files):
         yield Path(client.download_artifacts(run_id, file, str(folder))), f"{name}/{file}"
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what an error says, without a password."""
+    return _without_password((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def _without_password(text: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import moocore
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import chdtri
 
 from analysis.statistics import LEVEL, RESAMPLES, Estimate, bootstrap_t_estimate, resampled
 
@@ -54,7 +55,7 @@ def hypervolume(seconds: ArrayLike, accuracy: ArrayLike, reference: tuple[float,
 def resampled_points(
     seconds: ArrayLike, accuracy: ArrayLike, rng: np.random.Generator, resamples: int = RESAMPLES
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Median seconds and mean accuracy of every arm in bootstrap samples of the seeds.
+    """`centres` of bootstrap samples of the seeds.
 
     All arms share the drawn seeds, so what a seed does to all of them alike cancels.
 
@@ -69,14 +70,44 @@ def resampled_points(
     return centres(times[drawn], scores[drawn])
 
 
+def plausible_points(
+    seconds: ArrayLike, accuracy: ArrayLike, rng: np.random.Generator, resamples: int = RESAMPLES
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Where the true centres may lie: draws from their joint confidence distribution.
+
+    Each seed's deviations from the centres, in log seconds and accuracy, get one normal weight for all arms, and all
+    weights of a draw one Student's t factor: the shares of a difference between two arms on either side of zero
+    are the one-sided p values of the paired t test. At few seeds a bootstrap is too sure, as it knows neither that
+    the spread itself is uncertain nor values beyond those seen.
+
+    Args:
+        seconds, accuracy: (n, k), row = seed; NaN where an arm has no run with that seed.
+
+    Returns:
+        Two arrays (resamples, k). An arm with one run stays where it is, as nothing is known of its spread.
+    """
+    logs = np.maximum(_log(seconds), -700.0)  # of 0 s too
+    values = np.concatenate([logs, np.asarray(accuracy, dtype=float)], axis=1)
+    known = np.isfinite(values)
+    count = known.sum(axis=0)
+    middle = np.where(known, values, 0.0).sum(axis=0) / np.maximum(count, 1)
+    deviations = np.where(known, values - middle, 0.0) / np.sqrt(np.maximum(count * (count - 1), 1))
+    freedom, own = np.unique(np.maximum(count - 1, 1), return_inverse=True)
+    spread = np.sqrt(freedom / chdtri(freedom, rng.random((resamples, 1))))[:, own]
+    drawn = np.where(count > 0, middle, np.nan) + spread * (rng.standard_normal((resamples, len(values))) @ deviations)
+    k = values.shape[1] // 2
+    with np.errstate(over="ignore"):
+        return np.exp(drawn[:, :k]), drawn[:, k:]
+
+
 def centres(seconds: ArrayLike, accuracy: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Median seconds and mean accuracy over the seeds, axis -2 of (..., n, k); NaN are left out."""
-    times, scores = np.asarray(seconds, dtype=float), np.asarray(accuracy, dtype=float)
+    """Geometric-mean seconds and mean accuracy over the seeds, axis -2 of (..., n, k); NaN are left out."""
+    times, scores = _log(seconds), np.asarray(accuracy, dtype=float)
     if not (np.isnan(times).any() or np.isnan(scores).any()):
-        return np.median(times, axis=-2), scores.mean(axis=-2)
+        return np.exp(times.mean(axis=-2)), scores.mean(axis=-2)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "All-NaN slice|Mean of empty slice", RuntimeWarning)
-        return np.nanmedian(times, axis=-2), np.nanmean(scores, axis=-2)
+        warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+        return np.exp(np.nanmean(times, axis=-2)), np.nanmean(scores, axis=-2)
 
 
 def front_membership(
@@ -85,18 +116,17 @@ def front_membership(
     rng: np.random.Generator,
     resamples: int = RESAMPLES,
 ) -> NDArray[np.float64]:
-    """Share of bootstrap samples of the seeds in which each arm is on the front.
+    """Probability of each arm to be on the front: its share of the draws of `plausible_points`.
 
     Args:
-        seconds, accuracy: (n, k) as in `resampled_points`.
+        seconds, accuracy: (n, k), row = seed; NaN where an arm has no run with that seed.
 
     Returns:
-        (k,) shares in [0, 1]; all NaN where n < 2, as one seed says nothing about spread.
+        (k,) shares in [0, 1]; NaN for an arm with fewer than two runs, as one says nothing about spread.
     """
-    times = np.asarray(seconds, dtype=float)
-    if len(times) < 2:
-        return np.full(times.shape[1], np.nan)
-    return fronts(*resampled_points(seconds, accuracy, rng, resamples)).mean(axis=0)
+    known = np.isfinite(np.asarray(seconds, dtype=float)) & np.isfinite(np.asarray(accuracy, dtype=float))
+    shares = fronts(*plausible_points(seconds, accuracy, rng, resamples)).mean(axis=0)
+    return np.where(known.sum(axis=0) > 1, shares, np.nan)
 
 
 def fronts(seconds: NDArray[np.float64], accuracy: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -140,8 +170,11 @@ def relative_volume(
 ) -> Estimate:
     """Hypervolume of the arms' centres over that of one arm alone, with an interval over the seeds.
 
-    The reference point is twice that arm's median seconds and accuracy 0, drawn anew with every sample: the
-    interval contains what is not known about the reference itself. It is made on the log scale.
+    The reference point is twice that arm's geometric-mean seconds and accuracy 0, drawn anew with every sample: the
+    interval contains what is not known about the reference itself. It is the bootstrap's standard error with
+    Student's t on the log scale, with two corrections. A front of many arms picks the luckiest: the lower end
+    is moved down by as much as the median of `plausible_points` lies above the value. Where an arm is just on or
+    off the front the standard error is too small: the upper end is at least that of their percentiles.
 
     Args:
         seconds, accuracy: (n, k) as in `resampled_points`.
@@ -149,10 +182,15 @@ def relative_volume(
     """
     times, scores = np.asarray(seconds, dtype=float), np.asarray(accuracy, dtype=float)
     centre = centres(times[None], scores[None])
-    value = _log_volume(centre[0], centre[1], base)[0]
+    value = float(_log_volume(centre[0], centre[1], base)[0])
     drawn = _log_volume(*resampled_points(times, scores, rng, resamples), base)
-    found = bootstrap_t_estimate(float(value), drawn, len(times), level=level).exp()
-    return found if found.low is None else replace(found, low=max(found.low, 1.0))  # it contains its own base
+    found = bootstrap_t_estimate(value, drawn, len(times), level=level)
+    if found.low is None or found.high is None:
+        return found.exp()
+    plausible = _log_volume(*plausible_points(times, scores, rng, resamples), base)
+    middle, high = np.nanquantile(plausible, (0.5, (1 + level) / 2)).tolist()
+    low = found.low - max(middle - value, 0.0)
+    return replace(found, low=max(low, 0.0), high=max(high, found.high)).exp()  # it contains its own base
 
 
 def _log_volume(seconds: NDArray[np.float64], accuracy: NDArray[np.float64], base: int) -> NDArray[np.float64]:
@@ -165,3 +203,8 @@ def _log_volume(seconds: NDArray[np.float64], accuracy: NDArray[np.float64], bas
 def _minimised(seconds: ArrayLike, accuracy: ArrayLike) -> NDArray[np.float64]:
     """(k, 2) points of which both coordinates are to be small."""
     return np.column_stack([np.asarray(seconds, dtype=float), -np.asarray(accuracy, dtype=float)])
+
+
+def _log(seconds: ArrayLike) -> NDArray[np.float64]:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(np.asarray(seconds, dtype=float))

@@ -42,10 +42,10 @@ class Mark:
     arm: Arm
     x: float
     y: float
-    x_bar: tuple[float, float] | None
-    y_bar: tuple[float, float] | None
+    bars: tuple[str, ...]
     tip: str
     path: str = ""
+    area: str = ""
     label: tuple[float, float, str] | None = None
 
 
@@ -79,16 +79,14 @@ def pareto_plot(group: Group, width: int, height: int) -> Plot:
     marks: list[Mark] = []
     for arm, s, a in zip(shown, seconds, scores, strict=True):
         position = (x(s.value or 0), y(100 * (a.value or 0)))
-        x_bar = None if s.low is None or s.high is None else (x(s.low), x(s.high))
-        y_bar = None if a.low is None or a.high is None else (y(100 * a.low), y(100 * a.high))
         tip = point_tip(group, arm, on_front.get(arm.name))
-        marks.append(Mark(group.arms.index(arm), arm, *position, x_bar, y_bar, tip))
+        marks.append(Mark(group.arms.index(arm), arm, *position, _bars(*position, s, a, x, y), tip))
     corners = [(x(s), y(100 * a)) for s, a in zip(*steps(group), strict=True)]
     if corners:  # what lies below and to the right of the line is dominated
         corners = [(corners[0][0], y.start), *corners, (x.end, corners[-1][1])]
     outline, middle = ([(x(s), y(100 * a)) for s, a in line] for line in band(group, x.high, y.low / 100))
     shown_marks = tuple(_labelled(marks, width))
-    return Plot(group.title, width, height, x, y, shown_marks, _path(corners), _path(outline), _path(middle))
+    return Plot(group.title, width, height, x, y, shown_marks, path(corners), path(outline), path(middle))
 
 
 def curve_plot(group: Group, epochs: pd.DataFrame, width: int, height: int) -> Plot:
@@ -103,14 +101,13 @@ def curve_plot(group: Group, epochs: pd.DataFrame, width: int, height: int) -> P
         corners = [(x(s), y(100 * a)) for s, a in zip(curve["train_seconds"], curve["val_accuracy"], strict=True)]
         last = curve.iloc[-1]
         tip = f"{arm.name}\n{arm.setting}\nmean of {arm.n} runs, {len(curve)} evaluations"
-        tip += f"\nends at {100 * last['val_accuracy']:.2f} % after {last['train_seconds']:.3g} s"
-        marks.append(Mark(i, arm, *corners[-1], None, None, tip, _path(corners)))
+        tip += f"\nends at {100 * last['val_accuracy']:.2f} % after {last['train_seconds']:.3g} s\n{seeds(arm)}"
+        marks.append(Mark(i, arm, *corners[-1], (), tip, path(corners)))
     return Plot(group.title, width, height, x, y, tuple(marks))
 
 
 def point_tip(group: Group, arm: Arm, on_front: tuple[bool, float] | None) -> str:
     """What the pointer shows on a point, one fact per line."""
-    seeds = ", ".join(str(s) for s in arm.timed.index)
     lines = [
         f"{arm.name} · {arm.role}",
         arm.setting,
@@ -121,7 +118,30 @@ def point_tip(group: Group, arm: Arm, on_front: tuple[bool, float] | None) -> st
         lines.append(f"speed-up {text(speed, Column('', '', 'ratio'))}")
     if on_front is not None:
         lines.append(f"{'on' if on_front[0] else 'not on'} the front; P {text(on_front[1], Column('', '', 'share'))}")
-    return "\n".join([*lines, f"seeds {seeds}"])
+    return "\n".join([*lines, seeds(arm)])
+
+
+def seeds(arm: Arm) -> str:
+    """The seeds of an arm's points, many of them as their ends."""
+    found = [int(seed) for seed in arm.timed.index]
+    return (
+        f"{len(found)} seeds, {found[0]} to {found[-1]}" if len(found) > 12 else f"seeds {', '.join(map(str, found))}"
+    )
+
+
+CAP = 4  # pixels of the end of an interval bar to each side
+
+
+def _bars(left: float, top: float, seconds: Estimate, accuracy: Estimate, x: Axis, y: Axis) -> tuple[str, ...]:
+    """Paths of the intervals through a point, each with a cap at its ends."""
+    out = []
+    if seconds.low is not None and seconds.high is not None:
+        low, high = x(seconds.low), x(seconds.high)
+        out.append(f"M{low:g},{top - CAP:g}v{2 * CAP}m0,{-CAP}H{high:g}m0,{-CAP}v{2 * CAP}")
+    if accuracy.low is not None and accuracy.high is not None:
+        low, high = y(100 * accuracy.low), y(100 * accuracy.high)
+        out.append(f"M{left - CAP:g},{low:g}h{2 * CAP}m{-CAP},0V{high:g}m{-CAP},0h{2 * CAP}")
+    return tuple(out)
 
 
 def ends(estimate: Estimate) -> list[float]:
@@ -146,13 +166,21 @@ def axis(values: Iterable[float], pixels: tuple[float, float], title: str) -> Ax
     return Axis(low, high, *pixels, title, tuple((plain(t), f"{t:.{digits}f}") for t in ticks))
 
 
+def tick_axis(
+    span: tuple[float, float], pixels: tuple[float, float], title: str, ticks: Iterable[tuple[float, str]]
+) -> Axis:
+    """A scale over a given span with given ticks and their labels."""
+    plain = Axis(*span, *pixels, title, ())
+    return Axis(*span, *pixels, title, tuple((plain(value), label) for value, label in ticks))
+
+
 def _digits(ticks: Sequence[float]) -> int:
     """Decimals that tell neighbouring ticks apart."""
     return next((d for d in range(10) if len({f"{t:.{d}f}" for t in ticks}) == len(ticks)
                  and all(abs(round(t, d) - t) < 1e-9 for t in ticks)), 10)  # fmt: skip
 
 
-def _path(corners: Sequence[tuple[float, float]]) -> str:
+def path(corners: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{'L' if i else 'M'}{x:g},{y:g}" for i, (x, y) in enumerate(corners))
 
 

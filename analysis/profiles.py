@@ -21,6 +21,8 @@ from analysis.targets import Times, group_curves, target_times, targets
 
 FACTORS = (1.0, 1.1, 1.25, 1.5, 2.0)
 MIN_TASKS = 2
+MAX_FACTOR = 4.0  # of the drawn profile
+TICKS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 
 
 def ratios_to_best(seconds: ArrayLike) -> NDArray[np.float64]:
@@ -125,6 +127,14 @@ def profiled(groups: list[Group], results: Results) -> Profile | None:
         return None
     arms = {name: [next(a for a in t.group.arms if a.name == name) for t in tasks] for name in names}
     return Profile(tasks, arms, _medians(tasks, names))
+
+
+def profile_curves(found: Profile) -> tuple[list[float], list[list[tuple[float, float, float]]]]:
+    """Factors (f,) from 1 on, and of each method (share, low end, high end) at each of them."""
+    factors = np.unique(np.concatenate([np.geomspace(1, MAX_FACTOR, 49), FACTORS])).tolist()
+    shares = [found.share(factor) for factor in factors]
+    curves = [[(e.value or 0.0, e.low or 0.0, e.high or 0.0) for e in own] for own in zip(*shares, strict=True)]
+    return factors, curves
 
 
 def profile_table(found: Profile) -> Table:

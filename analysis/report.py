@@ -11,17 +11,23 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis import counts, plot, table, tables
+from analysis.ablation import Dose, ablation_tables, doses
 from analysis.attainment import attainment_table
 from analysis.claims import claim_table, load_claims
 from analysis.comparisons import comparison_table
+from analysis.designs import designs
+from analysis.dose_plots import DosePlot, dose_plots
+from analysis.dose_plots import shown as drawn
 from analysis.equal import equal_accuracy_table
 from analysis.errors import ReportError
 from analysis.factorial import ablation_table, factorial_table
-from analysis.figures import figures, knob_figures, profile_figure
+from analysis.figures import dose_figures, figures, knob_figures, profile_figure
 from analysis.knobs import Knob, figure_names, knob_table, knobs
 from analysis.labels import Style, styles
+from analysis.links import SHOWN, Origin
 from analysis.load import Results, load
-from analysis.measured import Group, left_out, measured_groups
+from analysis.measured import Arm, Group, left_out, measured_groups
+from analysis.profile_plot import profile_plot
 from analysis.profiles import Profile, profile_table, profiled
 from analysis.response import Response, responses
 from analysis.summary import Answer, answer
@@ -47,13 +53,23 @@ MARKERS = {
 
 @dataclass(frozen=True)
 class Section:
-    """One group with everything the report says about it."""
+    """One group with everything the report says about it.
+
+    Attributes:
+        runs: of each arm, seed and origin of the runs behind its point.
+    """
 
     group: Group
     answer: Answer
     tables: list[table.Table]
+    runs: list[list[tuple[int, Origin]]]
     pareto_plots: list[plot.Plot]
     curve_plots: list[plot.Plot]
+    doses: list[Dose]
+
+    @property
+    def dose_plots(self) -> list[DosePlot]:
+        return dose_plots(self.doses)
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,11 @@ class Report:
     profile: Profile | None
     excluded: dict[str, int]
     styles: dict[str, Style]
+
+    @cached_property
+    def profile_plots(self) -> list[plot.Plot]:
+        """The performance profile for a desk and for a phone; none below two tasks."""
+        return [profile_plot(self.profile, *size) for size in (WIDE, NARROW)] if self.profile else []
 
     @cached_property
     def responses(self) -> list[Response]:
@@ -89,6 +110,7 @@ def build(sources: Iterable[str | Path], *, allow_mixed: bool = False, tracking_
     results = load(sources, tracking_uri=tracking_uri)
     groups = measured_groups(results, allow_mixed=allow_mixed)
     found, profile = list(knobs(results)), profiled(groups, results)
+    with_ablations = [part for group in groups for part in (group, group.ablated) if part]
     overview = [counts.summary_table(results), counts.search_table(results), knob_table(found)]
     return Report(
         results,
@@ -98,15 +120,17 @@ def build(sources: Iterable[str | Path], *, allow_mixed: bool = False, tracking_
         found,
         profile,
         left_out(results, groups),
-        styles([*(arm.family for group in groups for arm in group.arms), *(knob.family for knob in found)]),
+        styles([*(arm.family for group in with_ablations for arm in group.arms), *(knob.family for knob in found)]),
     )
 
 
 def _section(group: Group, results: Results) -> Section:
+    found = list(designs(group, results))
     made = [
         tables.pareto_table(group),
         target_table(group, results),
         equal_accuracy_table(group, results),
+        *ablation_tables(found),
         ablation_table(group),
         factorial_table(group),
         tables.control_table(group),
@@ -120,9 +144,17 @@ def _section(group: Group, results: Results) -> Section:
         group,
         answer(group),
         [t for t in made if t.rows],
+        [_runs(arm, results) for arm in group.arms],
         [plot.pareto_plot(group, *size) for size in (WIDE, NARROW) if shown],
         [plot.curve_plot(group, results.epochs, *size) for size in (WIDE, NARROW) if shown],
+        drawn(doses(found)),
     )
+
+
+def _runs(arm: Arm, results: Results) -> list[tuple[int, Origin]]:
+    """Seed and origin of the runs behind a point."""
+    pairs = zip(arm.timed.index.tolist(), arm.timed["run_key"].tolist(), strict=True)
+    return [(seed, results.origins[key]) for seed, key in pairs]
 
 
 def write(report: Report, out: Path) -> Path:
@@ -143,6 +175,8 @@ def figure_files(report: Report) -> Iterator[tuple[str, bytes]]:
     """Paths of the figures inside the report folder and their contents."""
     for section in report.sections:
         for name, content in figures(section.group, report.results.epochs, report.styles):
+            yield f"figures/{name}", content
+        for name, content in dose_figures(section.doses, section.group.slug, report.styles):
             yield f"figures/{name}", content
     if report.profile:
         for name, content in profile_figure(report.profile, report.styles):
@@ -174,7 +208,7 @@ def all_tables(report: Report) -> list[table.Table]:
 def _render(template: str, report: Report, *, html: bool) -> bytes:
     environment = _environment(html)
     families = {name: i for i, name in enumerate(sorted(report.styles))}
-    environment.globals |= {"markers": MARKERS, "families": families, "styles": report.styles}
+    environment.globals |= {"markers": MARKERS, "families": families, "styles": report.styles, "shown_runs": SHOWN}
     return environment.get_template(template).render(report=report).encode()
 
 
@@ -195,6 +229,7 @@ def _environment(html: bool) -> Environment:
         "header": table.header,
         "cell": table.text,
         "sort_key": table.sort_key,
+        "nobreak": table.nobreak,
     }
     return environment
 

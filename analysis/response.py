@@ -38,7 +38,7 @@ def response(knob: Knob) -> Response:
     title = knob.name.removeprefix("recipe.")
     pixels = (52.0, WIDTH - 12.0)
     values = [float(v) for v in (*knob.values, *measured)]
-    x = _log_axis(values, pixels, title) if knob.is_log else axis(values, pixels, title)
+    x = log_axis(values, pixels, title) if knob.is_log else axis(values, pixels, title)
     y = axis([float(v) for v in (*scores, *beside)], (HEIGHT - 44.0, 10.0), "validation accuracy (%)")
     line = _points(knob.values, 100 * knob.line, x, y, log=knob.is_log)
     path = " ".join(f"{'L' if i else 'M'}{a:g},{b:g}" for i, (a, b) in enumerate(line))
@@ -57,7 +57,7 @@ def _points(values: np.ndarray, scores: np.ndarray, x: Axis, y: Axis, *, log: bo
     return tuple((x(float(v)), y(float(s))) for v, s in zip(at, scores, strict=True))
 
 
-def _log_axis(values: Sequence[float], pixels: tuple[float, float], title: str) -> Axis:
+def log_axis(values: Sequence[float], pixels: tuple[float, float], title: str) -> Axis:
     """A scale of logarithms with ticks at powers of ten, at most five."""
     low, high = (math.log10(f(values)) for f in (min, max))
     margin = 0.06 * (high - low)

@@ -21,10 +21,16 @@ BLOCK_BYTES = 1 << 18  # small: the parsed lines of a block stay in the processo
 
 @dataclass(frozen=True)
 class File:
-    """A records file: where it is, and the short name that it has in the report."""
+    """A records file.
+
+    Attributes:
+        name: short, as it is called in the report.
+        tracked: tracking URI and experiment id, where it came from MLflow.
+    """
 
     path: Path
     name: str
+    tracked: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,16 +78,17 @@ def found_files(sources: Iterable[str | Path], tracking_uri: str | None, problem
                 found = stack.enter_context(downloaded_records(experiment, tracking_uri, problems))
             else:
                 found = _local_files(Path(source), several=len(sources) > 1)
-            for path, name in found:
-                files.setdefault(path.resolve(), File(path, name))
+            for found_file in found:
+                files.setdefault(found_file.path.resolve(), found_file)
         yield [file for _, file in sorted(files.items(), key=lambda item: (item[1].name, item[0]))]
 
 
-def _local_files(source: Path, *, several: bool) -> Iterator[tuple[Path, str]]:
+def _local_files(source: Path, *, several: bool) -> Iterator[File]:
     """The files of a path; with several sources their folders tell equal names apart."""
     try:
         if source.is_file():
-            yield source, f"{source.parent.name}/{source.name}" if several and source.parent.name else source.name
+            prefix = f"{source.parent.name}/" if several and source.parent.name else ""
+            yield File(source, prefix + source.name)
             return
         if not source.is_dir():
             raise ReportError(f"{source}: no such file or folder (a tracked experiment is given as mlflow:NAME)")
@@ -95,7 +102,7 @@ def _local_files(source: Path, *, several: bool) -> Iterator[tuple[Path, str]]:
         )
     prefix = f"{source.resolve().name}/" if several else ""
     for file in found:
-        yield file, prefix + file.relative_to(source).as_posix()
+        yield File(file, prefix + file.relative_to(source).as_posix())
 
 
 def batches(file: File, problems: list[str]) -> Iterator[Batch]:

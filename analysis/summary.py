@@ -26,6 +26,7 @@ class Comparison:
 
     Attributes:
         sentence: speed and accuracy in words, without the arm's name and the verdict.
+        faster, better: 1 or -1 where the time or the accuracy is shown to differ.
     """
 
     arm: Arm
@@ -33,6 +34,8 @@ class Comparison:
     speed: Estimate
     gain: Estimate
     sentence: str
+    faster: int = 0
+    better: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def compare(group: Group, arm: Arm) -> Comparison:
         verdict = "trade-off"
     if verdict == "undecided":
         sentence += _unseen(effects)
-    return Comparison(arm, verdict, speed, gain, "; ".join([sentence, *doubts, *_ended_badly(arm)]))
+    sentence = "; ".join([sentence, *doubts, *_ended_badly(arm)])
+    return Comparison(arm, verdict, speed, gain, sentence, faster, better)
 
 
 def _open_losses(speed: Estimate, faster: int, gain: Estimate, better: int) -> Iterable[str]:
@@ -96,6 +100,12 @@ def _unequal_budget(group: Group, arm: Arm) -> Iterable[str]:
     own, other = arm.values.get("recipe.epochs"), baseline.values.get("recipe.epochs") if baseline else None
     if own != other:
         yield f"not the same budget: {own} epochs against the baseline's {other}"
+    if baseline and arm.workers != baseline.workers:
+        used, least = (estimate(group.device_seconds(a), "seconds") for a in (arm, baseline))
+        yield (
+            f"not the same hardware: {arm.workers} devices side by side against the baseline's {baseline.workers}, "
+            f"{used} device-seconds against {least}"
+        )
 
 
 def _ended_badly(arm: Arm) -> Iterable[str]:
@@ -163,8 +173,7 @@ def _headline(group: Group, comparisons: Iterable[Comparison], baselines: list[A
         return f"Not enough data: no method has {MIN_SEEDS} seeds paired with the baseline."
     winners = [c for c in decided if c.verdict == "wins"]
     if winners:
-        best = max(winners, key=lambda c: (c.speed.value or 0, c.gain.value or 0))
-        return f"Use {best.arm.name}. Against {_name(group, best)}: {best.sentence}."
+        return _use(group, winners, decided)
     trades = [c for c in decided if c.verdict == "trade-off"]
     base = baselines[0].name
     if trades:
@@ -173,6 +182,29 @@ def _headline(group: Group, comparisons: Iterable[Comparison], baselines: list[A
     if any(c.verdict == "undecided" for c in decided):
         return f"Stay with {base}: no method is shown to be faster or more accurate."
     return f"Stay with {base}: every method that could be judged is worse."
+
+
+def _use(group: Group, winners: list[Comparison], decided: list[Comparison]) -> str:
+    """The fastest winner, the most accurate where it is another, and what is more accurate at a price."""
+    fastest = max(winners, key=lambda c: (c.speed.value or 0, c.gain.value or 0))
+    finest = max((c for c in winners if c.better > 0), key=lambda c: c.gain.value or 0, default=fastest)
+    text = f"Use {fastest.arm.name}. Against {_name(group, fastest)}: {fastest.sentence}."
+    if finest is not fastest:
+        text = (
+            f"Use {fastest.arm.name} (fastest) or {finest.arm.name} (most accurate). Against {_name(group, fastest)}, "
+            f"{fastest.arm.name}: {fastest.sentence}; {finest.arm.name}: {finest.sentence}."
+        )
+    known = finest.gain.value or 0 if finest.better > 0 else 0
+    dearer = [c for c in decided if c.verdict == "trade-off" and c.better > 0 and (c.gain.value or 0) > known]
+    if dearer:
+        dearer.sort(key=lambda c: -(c.gain.value or 0))
+        listed = ", ".join(
+            f"{c.arm.name} ({number(c.gain.value or 0, 'points')} points at a speed-up of "
+            f"{number(c.speed.value or 0, 'ratio')})"
+            for c in dearer
+        )
+        text += f" More accurate, at a price: {listed}."
+    return text
 
 
 def _name(group: Group, comparison: Comparison) -> str:
@@ -201,7 +233,7 @@ def _notes(group: Group, comparisons: Iterable[Comparison]) -> Iterable[str]:
             yield note
     uncertain = [n for n, (on, p) in front(group).items() if on and p < 0.95]
     if uncertain:
-        yield f"On the front, but in fewer than 95 % of resamples of the seeds: {', '.join(uncertain)}."
+        yield f"On the front, but with a probability below 95 % given the seeds: {', '.join(uncertain)}."
     decided = [c for c in comparisons if c.verdict != "not enough data"]
     fewest = min((min(c.speed.n, c.gain.n) for c in decided), default=CLAIM_SEEDS)
     if fewest < CLAIM_SEEDS:

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from analysis.statistics import Estimate
@@ -16,6 +17,7 @@ from analysis.statistics import Estimate
 Kind = Literal[
     "text", "count", "percent", "points", "seconds", "difference", "ratio", "share", "p", "flag", "bytes", "number"
 ]
+NOT_REACHED = "not reached"
 UNITS = {"percent": "%", "points": "points", "seconds": "s", "difference": "s", "bytes": "MiB"}
 _FACTORS = {"percent": 100.0, "points": 100.0, "bytes": 2.0**-20}
 
@@ -27,6 +29,7 @@ class Column:
     Attributes:
         null: what stands for unknown.
         shown: false for a column that only the files for machines have.
+        places: decimals of times; None: as many as each value deserves.
     """
 
     key: str
@@ -34,11 +37,14 @@ class Column:
     kind: Kind = "text"
     null: str = "–"
     shown: bool = True
+    places: int | None = None
 
 
 @dataclass(frozen=True)
 class Table:
     """Rows of raw values by column key: text, int, float, bool, Estimate or None.
+
+    A row's `KEY_kind` is the kind of its value under `KEY`, where the rows of a column are not of one kind.
 
     Attributes:
         folded: a detail that a page may show closed.
@@ -51,9 +57,25 @@ class Table:
     rows: list[dict[str, Any]] = field(default_factory=list)
     folded: bool = False
 
-    @property
+    @cached_property
     def shown(self) -> list[Column]:
-        return [column for column in self.columns if column.shown]
+        """What people read; the times of a column with one number of decimals."""
+        return [self._even(column) for column in self.columns if column.shown]
+
+    def _even(self, column: Column) -> Column:
+        if column.kind not in ("seconds", "difference"):
+            return column
+        cells = [row.get(column.key) for row in self.rows]
+        values = [cell.value if isinstance(cell, Estimate) else cell for cell in cells]
+        return replace(column, places=even_decimals([abs(v) for v in values if isinstance(v, int | float)]))
+
+    def cell(self, row: dict[str, Any], column: Column) -> str:
+        """The value of a row as people read it; of a kind of its own with its unit."""
+        kind = row.get(f"{column.key}_kind")
+        if kind is None:
+            return text(row.get(column.key), column)
+        own = text(row.get(column.key), replace(column, kind=kind))
+        return f"{own} {UNITS[kind]}" if kind in UNITS and own != column.null else own
 
     def without_empty(self, *keys: str) -> Table:
         """The table without those of the named columns of which every cell is unknown."""
@@ -62,47 +84,55 @@ class Table:
 
     def cells(self, row: dict[str, Any]) -> list[str]:
         """The shown columns of a row as people read them."""
-        return [text(row.get(column.key), column) for column in self.shown]
+        return [self.cell(row, column) for column in self.shown]
 
 
 def text(value: Any, column: Column) -> str:
     """A value as people read it, its interval in brackets."""
     if isinstance(value, Estimate):
-        return column.null if value.value is None else estimate(value, column.kind)
+        return column.null if value.value is None else estimate(value, column.kind, column.places)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return column.null
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return str(value) if isinstance(value, str) else number(value, column.kind)
+    return str(value) if isinstance(value, str) else number(value, column.kind, places=column.places)
 
 
-def estimate(e: Estimate, kind: Kind) -> str:
+def estimate(e: Estimate, kind: Kind, places: int | None = None) -> str:
     """A known estimate, its interval in brackets with as many decimals as the value."""
     assert e.value is not None
     if e.low is None or e.high is None:
-        return number(e.value, kind)
-    return f"{number(e.value, kind)} [{number(e.low, kind, like=e.value)}, {number(e.high, kind, like=e.value)}]"
+        return number(e.value, kind, places=places)
+    low, high = (number(end, kind, like=e.value, places=places) for end in (e.low, e.high))
+    value = number(e.value, kind, places=places)
+    return value if value == low == high == NOT_REACHED else f"{value} [{low}, {high}]"
 
 
-def number(value: float, kind: Kind, *, like: float | None = None) -> str:
+def number(value: float, kind: Kind, *, like: float | None = None, places: int | None = None) -> str:
     """A number with the digits that its kind deserves, or that `like` would get; a ratio ends in ×.
+
+    A time has `places` decimals where they are given.
 
     Units stand in the header.
     """
     if math.isinf(value):
-        return "not reached" if kind == "seconds" else "∞"
+        return NOT_REACHED if kind == "seconds" else "∞"
     if kind == "ratio" and value == 0:
-        return "not reached"  # in finite time
+        return NOT_REACHED  # in finite time
     if kind == "p":
         return "<0.001" if value < 0.001 else f"{value:.3f}"
     value *= _FACTORS.get(kind, 1.0)
     if kind in ("seconds", "difference"):
         known = value if like is None or math.isinf(like) else like
-        out = f"{value:.{decimals(known)}f}" if abs(known) >= 1e-4 or known == 0 else f"{value:.2e}"
+        if places is None:
+            places = decimals(known)
+        out = f"{value:.{places}f}" if abs(known) >= 1e-4 or known == 0 else f"{value:.2e}"
     elif kind in ("percent", "points", "ratio", "share"):
         out = f"{value:.2f}"
     else:
-        out = {"count": f"{value:.0f}", "bytes": f"{value:.1f}"}.get(kind, f"{value:.4g}")
+        out = {"count": f"{value:.0f}", "bytes": f"{value:.1f}"}.get(
+            kind, f"{value:.4g}" if abs(value) < 1e6 else f"{value:.2e}"
+        )
     if float(out) == 0:
         out = out.replace("-", "")
     elif kind in ("points", "difference") and value > 0:
@@ -120,6 +150,21 @@ def decimals(value: float, digits: int = 3) -> int:
         return 0
     magnitude = math.floor(math.log10(float(f"{abs(value):.{digits - 1}e}")))
     return max(digits - 1 - magnitude, 0)
+
+
+def even_decimals(values: Sequence[float]) -> int | None:
+    """Decimals for all numbers of a column: three digits for the smallest, at most five for the largest.
+
+    None where no number of decimals suits both, or there are no numbers.
+
+    >>> [even_decimals(x) for x in ([82.6, 101.2], [1.5, 2.9], [0.012, 5000.0], [])]
+    [1, 2, None, None]
+    """
+    known = [v for v in values if math.isfinite(v) and v >= 1e-4]
+    if not known:
+        return None
+    fine, most = decimals(min(known)), decimals(max(known), digits=5)
+    return min(fine, most) if max(known) < 1000 * min(known) else None
 
 
 def sort_key(value: Any) -> float | str:
@@ -154,6 +199,8 @@ def plain_rows(table: Table) -> list[dict[str, Any]]:
         plain: dict[str, Any] = {}
         for column in table.columns:
             value = row.get(column.key)
+            if f"{column.key}_kind" in row:
+                plain[f"{column.key}_kind"] = row[f"{column.key}_kind"]
             if column.key in estimates:
                 e = value if isinstance(value, Estimate) else Estimate()
                 parts = {"": e.value, "_low": e.low, "_high": e.high, "_n": e.n}
@@ -215,6 +262,16 @@ def header(column: Column) -> str:
     """Title with unit."""
     unit = UNITS.get(column.kind)
     return f"{column.title} ({unit})" if unit else column.title
+
+
+def nobreak(raw: str) -> str:
+    """The text with a space between a number and its unit, or inside an interval, that no line ends at.
+
+    >>> nobreak("0.9 [0.8, 1.1] s and 16.9 % of 3 runs").replace(chr(160), "_")
+    '0.9_[0.8,_1.1]_s and 16.9_% of 3 runs'
+    """
+    raw = re.sub(r"(?<=\d)([×%]?)(\]?) (?=(?:%|s|points|×)(?!\w)|\[[−+\d])", "\\1\\2\N{NO-BREAK SPACE}", raw)
+    return re.sub(r"(\[[−+]?[\d.]+×?,) (?=[−+\d])", "\\1\N{NO-BREAK SPACE}", raw)
 
 
 def markdown(raw: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -31,7 +32,7 @@ def points(group: Group, arms: list[Arm]) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=64)
 def front(group: Group) -> dict[str, tuple[bool, float]]:
-    """Arm name to (on the front, share of bootstrap samples on the front), for the candidates."""
+    """Arm name to (on the front, probability to be), for the candidates; the probability is NaN for one run."""
     arms = group.candidates
     if not arms:
         return {}
@@ -58,6 +59,8 @@ def pareto_table(group: Group) -> Table:
                 "accuracy": group.accuracy(arm),
                 "val_accuracy": mean_estimate(arm.timed["val_accuracy"], bounds=(0.0, 1.0)),
                 "seconds": group.seconds(arm),
+                "workers": arm.workers if group.side_by_side else None,
+                "device_seconds": group.device_seconds(arm) if group.side_by_side else None,
                 "speed_up": speed_up(group, arm),
                 "accuracy_gain": accuracy_gain(group, arm, group.baseline_of(arm)),
                 "on_front": on,
@@ -73,20 +76,26 @@ def pareto_table(group: Group) -> Table:
         Column("accuracy_gain", "accuracy − baseline", "points"),
         Column("on_front", "on front", "flag"),
         Column("p_front", "P(on front)", "share"),
+        Column("workers", "devices", "count"),
+        Column("device_seconds", "device-seconds", "seconds"),
         Column("val_accuracy", "validation accuracy", "percent"),
         SETTING,
     )
     if group.accuracy_column == "val_accuracy":
         columns = tuple(c for c in columns if c.key != "val_accuracy")
-    return Table("pareto", "Accuracy, time and speed-up", _pareto_caption(group), columns, rows)
+    table = Table("pareto", "Accuracy, time and speed-up", _pareto_caption(group), columns, rows)
+    return table.without_empty("workers", "device_seconds")
 
 
 def _pareto_caption(group: Group) -> str:
     caption = (
         "Finished measured runs, alone on the device. Accuracy: mean over seeds; training time: median over "
         "the same runs; brackets: 95 % intervals. Speed-up and accuracy − baseline are paired by seed. The "
-        "front is that of the baseline and the methods; controls explain, they do not compete."
+        "front is that of the baseline and the methods; controls explain, they do not compete. P: from geometric "
+        "means of the times, as the speed-up."
     )
+    if group.side_by_side:
+        caption += " Devices: those that trained a run side by side; device-seconds: training time times devices."
     if group.accuracy_column == "val_accuracy":
         caption += " Some runs have no test accuracy: this is validation accuracy, on which settings were chosen."
     volume, reference = front_volume(group)
@@ -94,7 +103,7 @@ def _pareto_caption(group: Group) -> str:
         interval = "" if volume.low is None else f" [{volume.low:.3f}, {volume.high:.3f}]"
         caption += (
             f" Hypervolume of the front: {volume.value:.3f}{interval} times the baseline's, reference point "
-            f"{number(reference[0], 'seconds')} s and accuracy 0."
+            f"{number(reference[0], 'seconds')} s (twice the baseline's geometric mean) and accuracy 0."
         )
     return caption
 
@@ -103,14 +112,15 @@ def _pareto_caption(group: Group) -> str:
 def front_volume(group: Group) -> tuple[Estimate, tuple[float, float]]:
     """Hypervolume of the candidates in units of the baseline's own, and its reference point.
 
-    The reference is twice the baseline's median seconds and accuracy 0: adding a method does not move it.
+    The reference is twice the baseline's mean seconds and accuracy 0: adding a method does not move it.
     """
     candidates = group.candidates
     base = next((i for i, arm in enumerate(candidates) if arm.role == "baseline"), None)
     if base is None or not group.seconds(candidates[base]).value or not group.accuracy(candidates[base]).value:
         return Estimate(), (math.nan, math.nan)
-    volume = pareto.relative_volume(*points(group, candidates), base, generator("hypervolume", group.title))
-    return volume, (2 * (group.seconds(candidates[base]).value or math.nan), 0.0)
+    seconds, accuracy = points(group, candidates)
+    volume = pareto.relative_volume(seconds, accuracy, base, generator("hypervolume", group.title))
+    return volume, (2 * float(pareto.centres(seconds, accuracy)[0][base]), 0.0)
 
 
 def control_table(group: Group) -> Table:
@@ -134,7 +144,8 @@ def control_table(group: Group) -> Table:
         "method − control. Plan and machinery effect (learning rate, batch size, hooks, a recipe tuned for the "
         "arm): control − baseline. Machinery, where the control has the baseline's recipe and took as many steps "
         "over as many examples: the seconds that the method's code adds to the same work, and its time over the "
-        "baseline's. Paired by seed, mean with 95 % interval (ratio: geometric mean); fewer seconds are better."
+        "baseline's. Paired by seed, mean with 95 % interval (ratio: geometric mean), not corrected for the number "
+        "of comparisons; fewer seconds are better."
     )
     columns = (
         NAMES[0],
@@ -182,4 +193,8 @@ def segment_table(group: Group) -> Table:
         Column("energy_joules", "energy (J)", "number", unknown),
     )
     caption = "Means over the finished measured runs. Only “train” is the training time of the other tables."
-    return Table("segments", "Where the time went; memory and work", caption, columns, rows)
+    table = Table("segments", "Where the time went; memory and work", caption, columns, rows)
+    measured = (*SEGMENTS[1:], "peak_memory_bytes", "flops_executed", "energy_joules")
+    table = table.without_empty(*measured)
+    absent = [c.title for c in columns if c not in table.columns]
+    return replace(table, caption=f"{caption} Not measured: {', '.join(absent)}.") if absent else table

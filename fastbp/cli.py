@@ -19,12 +19,15 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastbp.bench import ratios, step_seconds
+from fastbp.installation import OPTIONAL, part, torchvision_mismatch
 from fastbp.knobs import Choice, Domain, domains, set_knobs
 from fastbp.method import Method, method_class, nest
 from fastbp.methods import METHODS
 from fastbp.recipe import Recipe
 from fastbp.record import EpochRecord, RecordWriter, RunRecord, to_line
 from fastbp.run import Run, RunConfig, Task
+from fastbp.stage_workers import StageError
+from fastbp.staged import StagedRun, open_run
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console()
@@ -56,7 +59,7 @@ def train(
     seed: Annotated[int, typer.Option(help="of weights, data order and dropout")] = 0,
     settings: Settings = None,
     device: Annotated[str | None, typer.Option(help="torch device; default: cuda where there is one")] = None,
-    threads: Annotated[int | None, typer.Option(help="torch CPU threads")] = None,
+    threads: Annotated[int | None, typer.Option(help="torch CPU threads, shared out among processes")] = None,
     out: Annotated[Path | None, typer.Option(help="records file to append to")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the run's record as one JSON line")] = False,
 ) -> None:
@@ -65,17 +68,13 @@ def train(
     recipe = set_knobs(Recipe(epochs=epochs, lr=lr, batch_size=batch_size), groups["recipe"])
     chosen = set_knobs(_method(method), groups["method"])
     task = Task(data, model, groups["data"], groups["model"])
-    run = Run(RunConfig(task, recipe, chosen, seed, arm=method), device=device, threads=threads)
-    writer = RecordWriter(out) if out else None
-    if writer:
-        writer.write(run.start_record())
+    run = open_run(RunConfig(task, recipe, chosen, seed, arm=method), device=device, threads=threads)
     try:
-        record = _drive(run, writer, quiet=as_json)
-    except BaseException as error:  # also an interrupt: what was measured stays on record
-        if writer:
-            interrupted = isinstance(error, KeyboardInterrupt)
-            writer.write(run.end("stopped" if interrupted else "failed", str(error) or type(error).__name__))
-        raise
+        if not as_json:
+            _print_split(run.split_table())
+        record = _recorded(run, RecordWriter(out) if out else None, quiet=as_json)
+    finally:
+        run.close()
     if as_json:
         sys.stdout.write(to_line(record))
     else:
@@ -84,7 +83,19 @@ def train(
         raise typer.Exit(1)
 
 
-def _drive(run: Run, writer: RecordWriter | None, *, quiet: bool) -> RunRecord:
+def _recorded(run: Run | StagedRun, writer: RecordWriter | None, *, quiet: bool) -> RunRecord:
+    if writer:
+        writer.write(run.start_record())
+    try:
+        return _drive(run, writer, quiet=quiet)
+    except BaseException as error:  # also an interrupt: what was measured stays on record
+        if writer:
+            interrupted = isinstance(error, KeyboardInterrupt)
+            writer.write(run.end("stopped" if interrupted else "failed", str(error) or type(error).__name__))
+        raise
+
+
+def _drive(run: Run | StagedRun, writer: RecordWriter | None, *, quiet: bool) -> RunRecord:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -116,6 +127,29 @@ def _state(epoch: EpochRecord, epochs: int) -> str:
         f"epoch {epoch.epoch + 1}/{epochs}  train loss {number(epoch.train_loss, '.4f')}  "
         f"val accuracy {number(epoch.val_accuracy, '.4f')}  train {epoch.train_seconds:.2f} s"
     )
+
+
+def _print_split(rows: list[dict[str, float]]) -> None:
+    """Where the net was cut, and what each module costs on a batch."""
+    if not rows:
+        return
+    table = Table(title="modules, as measured on one batch", title_justify="left")
+    for heading in ("module", "steps late", "blocks", "ms", "of the time", "of the FLOPs", "weights MB", "memory MB"):
+        table.add_column(heading, justify="right")
+    timed = any(row["seconds"] for row in rows)
+    for row in rows:
+        first, last = int(row["first_block"]), int(row["first_block"] + row["blocks"]) - 1
+        table.add_row(
+            str(row["module"]),
+            str(row["delay"]),
+            str(first) if first == last else f"{first} to {last}",
+            f"{row['seconds'] * 1e3:.2f}" if timed else "-",
+            f"{row['time_share']:.0%}" if timed else "-",
+            f"{row['flops_share']:.0%}",
+            f"{row['parameter_bytes'] / 1e6:.2f}",
+            f"{row['memory_bytes'] / 1e6:.2f}",
+        )
+    console.print(table)
 
 
 def _print_record(record: RunRecord) -> None:
@@ -190,34 +224,19 @@ def doctor() -> None:
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: runs on the CPU"
     table.add_row("CUDA device", device)
-    broken = 0
-    for part, extra in _OPTIONAL.items():
-        try:
-            module = importlib.import_module(part)
-            table.add_row(part, getattr(module, "__version__", "installed"))
-        except ModuleNotFoundError:
-            table.add_row(part, escape(f"not installed: pip install 'fastbp[{extra}]'"))
-        except Exception as error:
-            broken += 1
-            table.add_row(part, f"[red]fails to import[/red]: {escape(str(error))}")
+    parts = [part(name) for name in OPTIONAL]
+    for found in parts:
+        if found.error:
+            table.add_row(found.name, f"[red]fails to import[/red]: {escape(found.error)}")
+        else:
+            table.add_row(found.name, found.version or escape(f"not installed: pip install 'fastbp[{found.extra}]'"))
     console.print(table)
-    if broken:
-        console.print(
-            "A part that is installed but fails: torch and torchvision must be a matching pair from the same index."
-        )
+    vision = next((found.version for found in parts if found.name == "torchvision" and not found.error), None)
+    mismatch = torchvision_mismatch(torch.__version__, vision) if vision else ""
+    if mismatch:
+        console.print(f"{mismatch}: install a matching pair from the same index.", highlight=False, soft_wrap=True)
+    if mismatch or any(found.error for found in parts):
         raise typer.Exit(1)
-
-
-_OPTIONAL = {
-    "torchvision": "vision",
-    "timm": "vision",
-    "ray": "sweep",
-    "optuna": "sweep",
-    "mlflow": "sweep",
-    "pandas": "report",
-    "moocore": "report",
-    "matplotlib": "report",
-}
 
 
 def _method(name: str) -> Method:
@@ -255,6 +274,6 @@ def main() -> None:
     sys.path.append(os.getcwd())  # methods and models of the user's own, `my_pkg.sign:SignGrad`
     try:
         app()
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, StageError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise SystemExit(2) from None

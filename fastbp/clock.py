@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -40,6 +40,11 @@ class Clock:
         self.synchronize = synchronize or _synchronizer(torch.device(device))
         self.seconds = Seconds()
         self._open: str | None = None
+
+    def wait_for(self, devices: Iterable[torch.device | str]) -> None:
+        """Synchronise with all of these from now on."""
+        waits = [_synchronizer(torch.device(device)) for device in devices]
+        self.synchronize = lambda: [wait() for wait in waits] and None
 
     @contextmanager
     def segment(self, name: str) -> Iterator[None]:

@@ -8,12 +8,22 @@ from typing import Any
 import torch
 
 
-def energy_reader(device: torch.device) -> Callable[[], float | None]:
-    """A function that returns the device's energy counter in joules, or None where there is none.
+def energy_reader(*devices: torch.device) -> Callable[[], float | None]:
+    """A function that returns the devices' energy counters in joules, summed, or None where one of them has none.
 
-    Needs an NVIDIA device and `nvidia-ml-py`. The device is found by its UUID, as NVML does not follow
+    Needs NVIDIA devices and `nvidia-ml-py`. A device is found by its UUID, as NVML does not follow
     `CUDA_VISIBLE_DEVICES`. The counter covers the whole device: differences are a run's own only when it is alone.
     """
+    readers = [_reader(device) for device in dict.fromkeys(devices)]
+
+    def total() -> float | None:
+        joules = [read() for read in readers]
+        return None if None in joules else sum(j for j in joules if j is not None)
+
+    return total
+
+
+def _reader(device: torch.device) -> Callable[[], float | None]:
     if device.type != "cuda":
         return lambda: None
     try:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import compress, product
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from fastbp.knobs import coerce_fields, nearest
@@ -84,6 +86,12 @@ class Method(ABC):
             f"{type(self).__module__}:{type(self).__qualname__}",
         )
 
+    @property
+    def epoch_period(self) -> int:
+        """Epochs after which the kinds of epoch repeat, such as 2 where every second one drops; `inner` included."""
+        inner = getattr(self, "inner", None)
+        return inner.epoch_period if isinstance(inner, Method) else 1
+
     def to_dict(self) -> dict[str, Any]:
         """The method as JSON-able nested dictionaries; `method_from_dict` is the inverse."""
         out: dict[str, Any] = {"method": self.name}
@@ -114,11 +122,27 @@ class GradientEstimator(ABC):
         model: the user's object; what to optimise, evaluate and save.
         period: steps after which the work of a step repeats, so that its cost can be averaged.
         latency: steps until every parameter gets its first gradient.
+        devices: where it runs, the model's own device first; empty: there alone.
+        ranks: processes that share the work and must take every step together.
     """
 
     model: nn.Module
     period: int = 1  # steps after which the work of a step repeats
     latency: int = 0  # steps until every parameter gets its first gradient
+    devices: Sequence[torch.device] = ()
+    ranks: int = 1
+
+    def prepare(self, x: Tensor, y: Tensor) -> None:  # noqa: B027 (most methods have nothing to decide)
+        """Decide what depends on the shape of a batch, off the clock and without a trace; before the optimizer is made.
+
+        Args:
+            x: one batch of inputs, of any values.
+            y: its labels.
+        """
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """What to hand to the optimizer; a group's `lr_scale` is a factor on its learning rate, applied by the loop."""
+        return [{"params": list(self.model.parameters())}]
 
     @abstractmethod
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -138,6 +162,19 @@ class GradientEstimator(ABC):
         Used as `for _ in estimator.drain(final=last_epoch): optimizer.step()`; empty for all methods but delayed ones.
         """
         return iter(())
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        """The complete, current model on one device, to evaluate or save it."""
+        yield self.model
+
+    def share(self, total: Tensor) -> Tensor:
+        """A sum of the losses that `backward` returned, as every process that takes part must know it."""
+        return total
+
+    def table(self) -> list[dict[str, float]]:
+        """What the method decided about this model, to be shown before training; rows of equal keys, often none."""
+        return []
 
     def metrics(self) -> dict[str, float]:
         """Numbers about the method itself, read once per epoch, off the clock."""
@@ -162,11 +199,21 @@ class WrappingEstimator(GradientEstimator):
     def __init__(self, method: Method, inner: GradientEstimator) -> None:
         self.method = method
         self.inner = inner
-        self.period, self.latency = inner.period, inner.latency
+        self.period, self.latency, self.ranks = inner.period, inner.latency, inner.ranks
 
     @property
     def model(self) -> nn.Module:  # type: ignore[override]
         return self.inner.model
+
+    @property
+    def devices(self) -> Sequence[torch.device]:  # type: ignore[override]
+        return self.inner.devices
+
+    def prepare(self, x: Tensor, y: Tensor) -> None:
+        self.inner.prepare(x, y)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.inner.param_groups()
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
         return self.inner.backward(x, y)
@@ -176,6 +223,15 @@ class WrappingEstimator(GradientEstimator):
 
     def drain(self, *, final: bool) -> Iterator[None]:
         return self.inner.drain(final=final)
+
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        return self.inner.whole()
+
+    def share(self, total: Tensor) -> Tensor:
+        return self.inner.share(total)
+
+    def table(self) -> list[dict[str, float]]:
+        return self.inner.table()
 
     def metrics(self) -> dict[str, float]:
         return self.inner.metrics()

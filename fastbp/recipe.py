@@ -112,8 +112,8 @@ class Recipe:
             return self.lr * (0.01 if done >= 0.75 else 0.1 if done >= 0.5 else 1.0)
         return self.lr
 
-    def make_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer over the parameters, one group, in torch's multi-tensor form.
+    def make_optimizer(self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over the parameters or groups of them, in torch's multi-tensor form.
 
         Adam is fused; sgd is not, because torch's fused sgd fails where parameters take their first step at different
         times, as DDG's do.

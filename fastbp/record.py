@@ -13,6 +13,7 @@ Units are in the names. Unknown is null, never 0. Accuracies are fractions in [0
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -23,8 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 SCHEMA_VERSION = 1
+DISK_FULL = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
 
-Phase = Literal["search", "measure", "single"]
+Phase = Literal["search", "measure", "ablate", "single"]
 Role = Literal["baseline", "method", "control"]
 Status = Literal["running", "finished", "stopped", "failed", "diverged"]
 
@@ -75,15 +77,15 @@ class RunRecord(Seconds):
     attempt: int = 0
     sweep: str = ""
     phase: Phase = "single"
-    arm: str = ""  # the arm's name in the sweep file
+    arm: str = ""  # the arm's name in the sweep file; of an ablation's cell such as both/without-ldb
     role: Role = "method"  # baseline: plain backprop anchor; control: the method at its exact setting
-    block: int | None = None  # measure only: the randomised block this run was timed in
+    block: int | None = None  # measure and ablate: the randomised block this run was timed in
     task: dict[str, Any] = field(default_factory=dict)  # data, model and their arguments
     recipe: dict[str, Any] = field(default_factory=dict)
     method: dict[str, Any] = field(default_factory=dict)  # Method.to_dict()
     seed: int = 0
     status: Status = "running"
-    reason: str = ""  # one sentence for stopped, failed and diverged
+    reason: str = ""  # one sentence for stopped, failed and diverged; while running: a remark on the start
     epochs_done: int = 0
     examples: int = 0
     steps: int = 0
@@ -98,7 +100,8 @@ class RunRecord(Seconds):
     energy_joules: float | None = None
     exclusive: bool = False  # alone on its device: only then may the seconds be compared
     resumed: bool = False  # continued from a checkpoint: seconds are never drawn
-    device: dict[str, Any] = field(default_factory=dict)  # type, name, threads; cores or uuid and memory_bytes
+    workers: int = 1  # devices that trained it side by side; on the CPU: times the threads that the run was given
+    device: dict[str, Any] = field(default_factory=dict)  # type, name, threads; cores or uuid and memory_bytes; node
     software: dict[str, Any] = field(default_factory=dict)  # python, torch, cuda, fastbp, precision flags
     git_commit: str | None = None
     git_dirty: bool | None = None
@@ -118,6 +121,8 @@ class SweepRecord:
     search_trials: int = 0  # per arm
     seeds: list[int] = field(default_factory=list)  # of the measure part
     measure_cells: int = 0  # planned measure runs, controls included
+    ablate_cells: int = 0  # planned ablation runs; those that several ablations share count once
+    ablations: list[dict[str, Any]] = field(default_factory=list)  # arm, design, baseline, factors, seeds, note, cells
     targets: list[float] = field(default_factory=list)  # validation accuracies, fixed before measuring
     config: dict[str, Any] = field(default_factory=dict)  # the validated sweep file
     started_at: str = ""
@@ -155,6 +160,10 @@ def from_dict(data: dict[str, Any]) -> Record:
     return kind(**data)
 
 
+class RecordError(OSError):
+    """Records that could not be written; the text says where and why."""
+
+
 class RecordWriter:
     """Appends records to a file; every line is on disk before `write` returns."""
 
@@ -164,10 +173,26 @@ class RecordWriter:
         _mend_tail(self.path)
 
     def write(self, *records: Record) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(to_line(record) for record in records))
-            file.flush()
-            os.fsync(file.fileno())
+        """Append, all or nothing.
+
+        Raises:
+            RecordError: the disk is full, a quota or size limit is reached, or the disk fails; the file is as before.
+        """
+        lines = "".join(to_line(record) for record in records).encode()
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                try:
+                    while lines:
+                        lines = lines[file.write(lines) :]
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(size)  # what is not surely on disk must not be read as if it were
+                    raise
+        except OSError as error:
+            reason = error.strerror or str(error)
+            hint = ": free space" if error.errno in DISK_FULL else ""
+            raise RecordError(f"{self.path}: a record cannot be written ({reason}){hint}") from error
 
 
 def read_records(path: Path) -> Iterator[Record]:

@@ -15,8 +15,9 @@ import copy
 import dataclasses
 import gc
 import math
+import time
 from dataclasses import dataclass, field, fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from fastbp.flops import step_flops
 from fastbp.knobs import coerce_fields, nearest
 from fastbp.method import EpochPlan, GradientEstimator, Method, method_from_dict, reseed
 from fastbp.methods import Backprop
+from fastbp.methods.ddg import in_place
 from fastbp.nets import make_model
 from fastbp.recipe import Recipe
 from fastbp.record import EpochRecord, Phase, Role, RunRecord, Status, config_key
@@ -140,7 +142,6 @@ class Run:
         if threads is not None:
             torch.set_num_threads(threads)
         self.clock = clock or Clock(self.device)
-        self.energy = energy_reader(self.device)
         with self.clock.segment("setup"):
             self._setup(data)
         self.epoch = self.examples = self.steps = 0
@@ -150,7 +151,8 @@ class Run:
         self.last = EpochRecord(run_key=config.key, attempt=attempt)
         self.best_val_accuracy: float | None = None
         self.flops: dict[str, float | None] = {}  # per example, by kind of epoch
-        self.started_at = _now()
+        self.kinds: list[str] = []  # of every epoch, once warm
+        self.started_at, self._began = _now(), time.monotonic()
 
     def _setup(self, data: Dataset | None) -> None:
         task, recipe, seed = self.config.task, self.recipe, self.config.seed
@@ -164,7 +166,13 @@ class Run:
         self.pristine = copy.deepcopy(model)  # warm-up and counting happen on it
         with seeded(self.device, _mixed(seed)):
             self.estimator = reseed(self.method, seed).bind(model, self.loss_fn)
-        self.optimizer = recipe.make_optimizer(self.estimator.model.parameters())
+        with recipe.precision_context(self.device):
+            self.estimator.prepare(*self.data.dummy_batch(recipe.batch_size))
+        self.devices = list(self.estimator.devices) or [self.device]
+        if self.estimator.devices:
+            self.clock.wait_for(self.devices)
+        self.energy = energy_reader(*self.devices)
+        self.optimizer = recipe.make_optimizer(self.estimator.param_groups())
 
     @property
     def done(self) -> bool:
@@ -212,11 +220,12 @@ class Run:
         estimator, optimizer, recipe = self.estimator, self.optimizer, self.recipe
         final = self.epoch == recipe.epochs - 1
         batches = per_epoch = self.data.steps(batch_size)
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        total = torch.zeros((), device=self.devices[-1], dtype=torch.float64)
         first_lr = recipe.lr_at(self.epoch) * lr_scale
         estimator.model.train()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        for place in self.devices:
+            if place.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(place)
         order = self.data.batches(batch_size, seed=self.config.seed, epoch=self.epoch, augment=recipe.augment)
         joules = self.energy()
         with (
@@ -234,6 +243,7 @@ class Run:
                 optimizer.step()
                 batches += 1
         self._add_energy(joules)
+        total = estimator.share(total)
         self.examples += len(self.data.train)
         self.steps += batches
         return total.item() / len(self.data.train), first_lr
@@ -246,11 +256,14 @@ class Run:
         """
         with self.clock.segment("warmup"), seeded(self.device, _mixed(self.config.seed)):
             estimator = reseed(self.method, self.config.seed).bind(self.pristine, self.loss_fn)
-            optimizer = self.recipe.make_optimizer(estimator.model.parameters())
+            with self.recipe.precision_context(self.device):
+                estimator.prepare(*self.data.dummy_batch(self.recipe.batch_size))
+            optimizer = self.recipe.make_optimizer(estimator.param_groups())
             for epoch in range(self.recipe.epochs):
                 plan = estimator.start_epoch(epoch)
                 batch_size = _batch_size(self.recipe, plan.batch_scale)
                 kind = _kind(batch_size, plan)
+                self.kinds.append(kind)
                 if kind not in self.flops:
                     with self.recipe.precision_context(self.device):
                         self.flops[kind] = self._warm_up_kind(estimator, optimizer, batch_size)
@@ -277,10 +290,14 @@ class Run:
     def _evaluate_into(self, record: EpochRecord) -> None:
         last = self.done
         if last or self.epoch % self.recipe.eval_every_epochs == 0:
-            with self.clock.segment("eval"), self.recipe.precision_context(self.device):
-                record.val_loss, record.val_accuracy = evaluate(self.estimator.model, self.data, "val", self.recipe)
+            with (
+                self.clock.segment("eval"),
+                self.recipe.precision_context(self.device),
+                self.estimator.whole() as model,
+            ):
+                record.val_loss, record.val_accuracy = evaluate(model, self.data, "val", self.recipe)
                 if last:
-                    _, record.test_accuracy = evaluate(self.estimator.model, self.data, "test", self.recipe)
+                    _, record.test_accuracy = evaluate(model, self.data, "test", self.recipe)
             self.best_val_accuracy = max(self.best_val_accuracy or 0.0, record.val_accuracy)
 
     def start_record(self) -> RunRecord:
@@ -300,7 +317,12 @@ class Run:
             self.status, self.reason = (
                 ("finished", "") if self.done else ("stopped", f"ended after {self.epoch} epochs")
             )
-        return self._run_record(status=self.status, reason=self.reason, ended_at=_now())
+        return self._run_record(status=self.status, reason=self.reason, ended_at=self._end_time())
+
+    def _end_time(self) -> str:
+        """Now, or what a clock that was set back since the start would have shown."""
+        least = datetime.fromisoformat(self.started_at) + timedelta(seconds=time.monotonic() - self._began)
+        return max(datetime.now(UTC), least).isoformat(timespec="seconds")
 
     def _run_record(self, **state: Any) -> RunRecord:
         commit, dirty = git_state()
@@ -322,8 +344,17 @@ class Run:
             **state,
         )
 
+    def close(self) -> None:
+        """Nothing here; a run over several processes ends them."""
+
+    def split_table(self) -> list[dict[str, float]]:
+        """Of a method that cuts the net into modules: one row each, where costs were measured; else empty."""
+        return self.estimator.table()
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that exact resuming needs, at an epoch boundary: tensors and plain values only."""
+        with self.estimator.whole() as whole:
+            model = dict(whole.state_dict())
         return {
             "run_key": self.config.key,
             "epoch": self.epoch,
@@ -336,7 +367,7 @@ class Run:
             "started_at": self.started_at,
             "last": dataclasses.asdict(self.last),
             "seconds": self.clock.totals(),
-            "model": dict(self.estimator.model.state_dict()),
+            "model": model,
             "optimizer": self.optimizer.state_dict(),
             "estimator": self.estimator.state_dict(),
         }
@@ -363,9 +394,10 @@ class Run:
         self.resumed = self.epoch > 0
 
     def _peak_memory(self) -> int | None:
-        if self.device.type != "cuda":
+        places = {place for place in self.devices if place.type == "cuda"}
+        if not places:
             return None
-        return max(torch.cuda.max_memory_allocated(self.device), self.last.peak_memory_bytes or 0)
+        return max(sum(map(torch.cuda.max_memory_allocated, places)), self.last.peak_memory_bytes or 0)
 
     def _add_flops(self, kind: str) -> float | None:
         per_example = self.flops.get(kind)
@@ -381,7 +413,7 @@ class Run:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 @torch.no_grad()
@@ -418,7 +450,7 @@ def check_bind(config: RunConfig, data: Dataset | None = None) -> Method | None:
     data = data or load_task_data(task, config.recipe)
     model = make_model(task.model, data.input_shape, data.classes, task.model_args, config.seed)
     exact = config.method.exact(model)
-    bound: GradientEstimator = config.method.bind(model, config.recipe.make_loss())
+    bound: GradientEstimator = in_place(config.method).bind(model, config.recipe.make_loss())
     bound.start_epoch(0)
     return exact
 

@@ -17,6 +17,7 @@ from fastbp.run import Recipe, RunConfig, Task, check_bind, load_task_data
 from sweeps.source import Key, Source
 from sweeps.spec import Sweep
 
+Loaded = dict[torch.dtype, Dataset]  # the task's data by its type; all arms share the task
 Values = dict[str, Any]  # a setting of the searched fields: "method.inner.drop_rate" or "recipe.lr" to value
 
 
@@ -80,26 +81,35 @@ def build_arms(sweep: Sweep, source: Source) -> list[Arm]:
     return arms
 
 
-def check_arms(arms: list[Arm], source: Source) -> None:
+def check_arms(arms: list[Arm], source: Source, loaded: Loaded) -> int:
     """Bind every arm to the model on CPU, at its defaults and at the ends of its ranges.
+
+    Returns:
+        training examples in an epoch; 0 where the data cannot be loaded.
 
     Raises:
         SweepError: everything refused, as `file:line: sentence`.
     """
-    loaded: dict[torch.dtype, Dataset] = {}  # all arms share the task
     for arm in arms:
-        for values in _corners(arm.space):
-            method, recipe = arm.at(values)
-            try:
-                if recipe.dtype not in loaded:
-                    loaded[recipe.dtype] = load_task_data(arm.task, recipe)
-                config = RunConfig(task=arm.task, recipe=recipe, method=method, seed=0)
-                check_bind(config, loaded[recipe.dtype])
-            except (TypeError, ValueError, ImportError, OSError) as error:
+        for values in corners(arm.space):
+            error = refusal(arm.task, *arm.at(values), loaded)
+            if error is not None:
                 at = ", ".join(f"{path} = {value!r}" for path, value in values.items())
                 source.problem(("arms", arm.name), f"arm {arm.name}{f' at {at}' if at else ''}: {error}")
                 break
     source.check()
+    return next((len(data.train) for data in loaded.values()), 0)
+
+
+def refusal(task: Task, method: Method, recipe: Recipe, loaded: Loaded) -> Exception | None:
+    """Why this setting cannot be bound to the model; None where it can."""
+    try:
+        if recipe.dtype not in loaded:
+            loaded[recipe.dtype] = load_task_data(task, recipe)
+        check_bind(RunConfig(task=task, recipe=recipe, method=method, seed=0), loaded[recipe.dtype])
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        return error
+    return None
 
 
 def _task(sweep: Sweep, source: Source) -> Task | None:
@@ -124,6 +134,13 @@ def _method(data: Any, key: Key, source: Source) -> tuple[Method | None, dict[st
         return None, {}
     if "inner" not in data or "inner" not in {f.name for f in fields(kind)}:
         return _dataclass(kind, data, key, source)
+    if data["inner"] == "search" or (isinstance(data["inner"], dict) and set(data["inner"]) & set(_EXPRESSIONS)):
+        source.problem(
+            (*key, "inner"),
+            f"{where}.inner: the method inside is not searched, as each would get only a part of the arm's trials; "
+            "make one arm per inner method",
+        )
+        return None, {}
     inner, inner_space = _method(data.pop("inner"), (*key, "inner"), source)
     outer, space = _dataclass(kind, data, key, source)
     if inner is None or outer is None:
@@ -223,7 +240,7 @@ def _ends(domain: Domain) -> tuple[Any, ...]:
     return domain.values if isinstance(domain, Choice) else (domain.low, domain.high)
 
 
-def _corners(space: dict[str, Domain]) -> Iterator[Values]:
+def corners(space: dict[str, Domain]) -> Iterator[Values]:
     """The defaults, then settings in which every end of every range occurs at least once."""
     yield {}
     ends = {path: _ends(domain) for path, domain in space.items() if path.startswith("method.")}

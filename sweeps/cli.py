@@ -1,4 +1,4 @@
-"""`fastbp-sweep`: plan, run, status, sync."""
+"""`fastbp-sweep`: plan, run, submit, status, sync, doctor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from sweeps.source import SweepError, without_password
+from sweeps.source import SweepError, SweepStopped, without_password
+from sweeps.stopping import EXIT_STOPPED
 
 if TYPE_CHECKING:
     from sweeps.drive import Outcome
@@ -32,17 +33,30 @@ OutOption = Annotated[Path | None, typer.Option(help="output folder; default fas
 
 
 @app.command()
-def plan(file: FileArgument, smoke: Annotated[bool, typer.Option(help="the sweep at its smallest")] = False) -> None:
-    """Validate a sweep file and show what it will run; starts nothing."""
+def plan(
+    file: FileArgument,
+    smoke: Annotated[bool, typer.Option(help="the sweep at its smallest")] = False,
+    pilot: Annotated[bool, typer.Option(help="time a few steps of each arm, and say what the sweep will cost")] = True,
+) -> None:
+    """Validate a sweep file and show what it will run and cost; starts nothing."""
     from sweeps.plan import load_plan
-    from sweeps.progress import plan_table
+    from sweeps.progress import ablation_table, plan_table
 
     planned = load_plan(file, smoke=smoke)
     console = Console()
     console.print(plan_table(planned))
+    if planned.sweep.ablate:
+        console.print(ablation_table(planned))
     idle = [arm.name for arm in planned.arms if not arm.space]
     if planned.sweep.search is not None and idle:
         console.print(f"{', '.join(idle)}: 0 searched fields, so one search trial each", highlight=False)
+    if pilot:
+        from sweeps.cost_table import show_estimate
+        from sweeps.estimate import estimate
+
+        with console.status("timing steps") as shown:
+            found = estimate(planned, shown.update)
+        show_estimate(console, found)
 
 
 @app.command()
@@ -53,9 +67,13 @@ def run(
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
     mlflow: Annotated[bool, typer.Option(help="mirror the records into MLflow")] = True,
 ) -> None:
-    """Run a sweep, or what is missing of it; exits with 1 when any run failed or is missing."""
+    """Run a sweep, or what is missing of it; exits with 1 when any run failed or is missing.
+
+    Exit codes: 0 everything is done, 1 a run failed or is missing, 2 the file or folder is refused, 3 the world ended
+    it (disk full, Ray died), 130 SIGINT, 143 SIGTERM. After 1, 3, 130 and 143 the same command continues.
+    """
+    from sweeps.live import progress_on
     from sweeps.plan import find_sweep, load_plan
-    from sweeps.progress import Progress
 
     planned = load_plan(file, smoke=smoke)
     folder = out or Path("fastbp-runs") / planned.sweep.name
@@ -66,10 +84,39 @@ def run(
     if in_job() and (out is None or not (planned.sweep.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))):
         _say(console, "warning: this folder is the job's temporary copy; keep results with --out FOLDER on shared")
         _say(console, "         storage and MLFLOW_TRACKING_URI in the job's environment")
-    outcome = run_sweep(planned, find_sweep(file)[0], folder, Progress(console), mlflow=mlflow)
+    progress = progress_on(console)
+    try:
+        outcome = run_sweep(planned, find_sweep(file)[0], folder, progress, mlflow=mlflow)
+    finally:
+        progress.close()
     if report and not outcome.interrupted:
         _report(folder, console, planned, outcome)
     raise typer.Exit(_summary(folder, console, outcome))
+
+
+@app.command()
+def submit(
+    file: FileArgument,
+    address: Annotated[str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="of the cluster's dashboard")],
+    out: Annotated[str | None, typer.Option(help="output folder, absolute, which every node sees")] = None,
+    working_dir: Annotated[Path, typer.Option(help="uploaded; the job runs in the copy")] = Path(),
+    env: Annotated[list[str] | None, typer.Option(help="NAME or NAME=VALUE for the job; repeatable")] = None,
+    wait: Annotated[bool, typer.Option(help="follow the log, and exit with the sweep's own code")] = True,
+    smoke: Annotated[bool, typer.Option(help="one epoch, one trial, one seed")] = False,
+) -> None:
+    """Run a sweep as a job of a Ray cluster. Ctrl-C stops following, not the job; the same command follows it again.
+
+    MLFLOW_TRACKING_URI and MLflow's user, password and token are passed on from the environment.
+    """
+    from sweeps.submit import prepare, warnings
+
+    request = prepare(file, address=address, out=out, working_dir=working_dir, env=env or [], smoke=smoke)
+    console = Console()
+    for warning in warnings(request):
+        _say(console, warning)
+    from sweeps import job
+
+    raise typer.Exit(job.submit(request, wait=wait, say=lambda text: _say(console, text)))
 
 
 def _say(console: Console, text: str) -> None:
@@ -90,10 +137,11 @@ def _report(folder: Path, console: Console, planned: Plan, outcome: Outcome) -> 
         )
     elif outcome.uri and not outcome.mlflow_error:
         from sweeps.drive import RECORDS
-        from sweeps.mlflow_sync import MlflowMirror, try_sync
+        from sweeps.mlflow_pace import final_sync
+        from sweeps.mlflow_sync import MlflowMirror
 
         mirror = MlflowMirror(folder / RECORDS, outcome.uri, planned.sweep.mlflow.experiment)
-        outcome.mlflow_error = try_sync(mirror, final=True, report=html)
+        outcome.mlflow_error = final_sync(mirror, console.print, html)
 
 
 def _summary(folder: Path, console: Console, outcome: Outcome) -> int:
@@ -108,7 +156,7 @@ def _summary(folder: Path, console: Console, outcome: Outcome) -> int:
         _say(console, f"failed:  {record.phase} {record.arm} {record.role} seed {record.seed}: {record.reason}")
     if outcome.interrupted:
         _say(console, "interrupted; the same command continues")
-        return 130
+        return 128 + outcome.interrupted
     for sentence in outcome.missing:
         _say(console, f"missing: {sentence}")
     return 0 if outcome.ok else 1
@@ -144,23 +192,55 @@ def sync(
 ) -> None:
     """Make MLflow agree with the records of a sweep; can be repeated."""
     from sweeps.drive import RECORDS, locked
-    from sweeps.mlflow_sync import MlflowMirror, default_uri, try_sync
+    from sweeps.mlflow_pace import final_sync
+    from sweeps.mlflow_sync import MlflowMirror, default_uri
     from sweeps.spec import load_sweep
 
     folder, file = _locate(target, out)
     if not (folder / RECORDS).exists():
         raise SweepError(f"{folder}: nothing has been run there")
     settings = load_sweep(file)[0].mlflow
-    uri = default_uri(settings.tracking_uri)
+    uri, console = default_uri(settings.tracking_uri), Console()
     html = folder / "report" / "report.html"
     with locked(folder) as free:
         if not free:
             raise SweepError(f"{folder} is in use: the sweep that is running there syncs by itself")
         mirror = MlflowMirror(folder / RECORDS, uri, settings.experiment)
-        error = try_sync(mirror, final=True, report=html if html.exists() else None)
+        error = final_sync(mirror, console.print, html if html.exists() else None)
     if error:
         raise SweepError(f"MLflow at {without_password(uri)}: {error}")
-    _say(Console(), f"MLflow agrees with {folder / RECORDS}; {_ui_hint(uri)}")
+    _say(console, f"MLflow agrees with {folder / RECORDS}; {_ui_hint(uri)}")
+
+
+@app.command()
+def doctor(
+    file: Annotated[str | None, typer.Argument(help="a sweep file, whose data and folders are looked at too")] = None,
+    address: Annotated[str | None, typer.Option(help="of a cluster's dashboard, where sweeps run there")] = None,
+    out: OutOption = None,
+) -> None:
+    """Look for what would stop a sweep or spoil its times: versions, devices, Ray, MLflow, data, folders.
+
+    Changes nothing; exits with 1 where something must be mended.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    from sweeps.doctor import examine
+
+    console = Console()
+    table = Table("", "what", "found", title="fastbp-sweep doctor")
+    colours = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    states: list[str] = []
+    with console.status("looking"):
+        for finding in examine(file, address, out):
+            said = Text(finding.said)
+            if finding.fix:
+                said.append(f"\n-> {finding.fix}", style=colours[finding.state])
+            table.add_row(Text(finding.state, style=colours[finding.state]), finding.what, said)
+            states.append(finding.state)
+    console.print(table)
+    if "fail" in states:
+        raise typer.Exit(1)
 
 
 def _locate(target: str, out: Path | None) -> tuple[Path, Path]:
@@ -199,7 +279,7 @@ def main() -> None:
         app()
     except SweepError as error:
         print(error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_STOPPED if isinstance(error, SweepStopped) else 2)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ _QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # records are ours; Tune writes no JSON, CSV or TensorBoard
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new reporter prints a banner even at verbose=0
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are ours, see sweeps/stopping.py
     "TUNE_WARN_THRESHOLD_S": "60",
     "TUNE_GLOBAL_CHECKPOINT_S": "600",  # a sweep resumes from its records, not from Tune's state
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -84,14 +85,6 @@ def _quoted_python() -> dict[str, str]:
     return {} if quoted == sys.executable else {"py_executable": quoted}
 
 
-def node_cpus(gpus: int) -> int:
-    """CPUs of the largest live node that has this many GPUs; 1 where an autoscaler has yet to start one."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return max((int(r.get("CPU", 0)) for r in nodes if r.get("GPU", 0) >= gpus), default=1) or 1
-
-
 def gpus_or_default(gpus: float | None) -> float:
     """GPUs per run: as asked, else one where the cluster has any."""
     import ray
@@ -99,29 +92,52 @@ def gpus_or_default(gpus: float | None) -> float:
     return gpus if gpus is not None else float(ray.cluster_resources().get("GPU", 0.0) >= 1)
 
 
-def check_resources(part: str, cpus: float, gpus: float) -> None:
+def check_resources(part: str, cpus: float, gpus: float) -> str:
     """Refuse what a private cluster can never give; Ray itself would wait for it for ever.
+
+    Returns:
+        on any other cluster, where an autoscaler may bring it, a sentence about what the sweep waits for; else empty.
 
     Raises:
         SweepError: a run of this part needs more than the machine has.
     """
-    import ray
-
-    if in_cluster():
-        return  # an autoscaler may bring it
-    has = ray.cluster_resources()
+    nodes = _live_resources()
+    if any(_runs_on(node, cpus, gpus) for node in nodes):
+        return ""
     for name, key, need in (("CPU", "cpus", cpus), ("GPU", "gpus", gpus)):
-        if need > has.get(name, 0.0):
+        most = max((node.get(name, 0.0) for node in nodes), default=0.0)
+        if need > most and not in_cluster():
             raise SweepError(
-                f"{part}.{key}: a run needs {need:g} {name}, this machine has {has.get(name, 0.0):g}; "
+                f"{part}.{key}: a run needs {need:g} {name}, this machine has {most:g}; "
                 f"lower {part}.{key}, or submit the sweep to a cluster that has them"
             )
+    return (
+        f"{part}: a run needs {cpus:g} CPU and {gpus:g} GPU on one node, and none of the {len(nodes)} live nodes has "
+        f"them; waiting for the cluster to grow (if nothing makes it grow: stop, and lower {part}.cpus or {part}.gpus)"
+    )
 
 
 def concurrent_trials(cpus: float, gpus: float) -> int:
-    """How many trials of this size the cluster holds now."""
+    """How many trials of this size the cluster holds now: a trial needs its CPUs and GPUs on one node."""
+    return max(1, sum(_runs_on(node, cpus, gpus) for node in _live_resources()))
+
+
+def _live_resources() -> list[dict[str, float]]:
     import ray
 
-    total = ray.cluster_resources()
-    fits = [total.get(name, 0.0) // need for name, need in (("CPU", cpus), ("GPU", gpus)) if need > 0]
-    return max(1, int(min(fits)))
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _runs_on(node: dict[str, float], cpus: float, gpus: float) -> int:
+    """How many trials of this size an empty node holds; a fraction of a GPU is never spread over two of them."""
+    fits = [_times(node.get("CPU", 0.0), cpus)] if cpus > 0 else []
+    if 0 < gpus < 1:
+        fits.append(int(node.get("GPU", 0.0)) * _times(1.0, gpus))
+    elif gpus:
+        fits.append(_times(node.get("GPU", 0.0), gpus))
+    return min(fits)
+
+
+def _times(total: float, need: float) -> int:
+    """How often `need` fits, in Ray's own units of 1/10 000: in floats ten times 0.1 does not fit into 1."""
+    return round(total * 10_000) // max(1, round(need * 10_000))

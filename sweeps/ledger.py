@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from fastbp.record import Record, RunRecord, SweepRecord
 from fastbp.run import RunConfig
+from sweeps.choose import chosen_trials
 
 DONE = (
     "finished",
@@ -53,8 +54,11 @@ class Ledger:
 
     def best_trial(self, arm: str) -> RunRecord | None:
         """The arm's chosen search trial: best final validation accuracy, then fewer examples, then first."""
-        trials = [r for r in self.of_phase("search", arm) if r.status == "finished" and r.val_accuracy is not None]
-        return min(trials, key=lambda r: (-(r.val_accuracy or 0.0), r.examples), default=None)
+        return next(iter(self.best_trials(arm, 1)), None)
+
+    def best_trials(self, arm: str, most: int) -> list[RunRecord]:
+        """The arm's chosen search trials, the most accurate first; see `chosen_trials`."""
+        return chosen_trials(self.of_phase("search", arm), most)
 
 
 def config_of(record: RunRecord) -> RunConfig:

@@ -13,16 +13,17 @@ from fastbp.record import EpochRecord, RunRecord, Seconds, SweepRecord
 MAX_METRICS = 25
 EXPERIMENT_TAGS = {
     "mlflow.experimentKind": "custom_model_development",
-    "mlflow.note.content": "A sweep holds cells, a cell holds runs. A measured cell carries mean and 95 % interval "
-    "over its seeds: filter with tags.`fastbp.level` = 'cell' and tags.phase = 'measure' to compare arms, or with "
-    "tags.`fastbp.level` = 'run' to compare runs. The report is an artifact of the sweep.",
+    "mlflow.note.content": "A sweep holds cells, a cell holds runs: open them with the + beside a name, and choose "
+    "metrics under Columns. A measured cell carries mean and 95 % interval over its seeds: filter with "
+    "tags.`fastbp.level` = 'cell' and tags.phase = 'measure' to compare arms, or with tags.`fastbp.level` = 'run' to "
+    "compare runs. The report is an artifact of the sweep.",
 }
 _SEGMENTS = ("train", "setup", "warmup", "eval", "checkpoint", "report_blocked")
 
 
 def cell_name(run: RunRecord) -> str:
-    if run.phase == "search":
-        return f"search {run.arm}"
+    if run.phase in ("search", "ablate"):
+        return f"{run.phase} {run.arm}"
     return f"{run.arm} control" if run.role == "control" else run.arm
 
 
@@ -32,17 +33,21 @@ def run_name(run: RunRecord, number: int) -> str:
 
 def planned_runs(sweep: SweepRecord, run: RunRecord) -> int:
     """How many runs the cell of this run has at most."""
+    if run.phase == "ablate":
+        ours = [a for a in sweep.ablations if any(cell["arm"] == run.arm for cell in a["cells"])]
+        return len({seed for ablation in ours for seed in ablation["seeds"]})
     return len(sweep.seeds) if run.phase == "measure" else sweep.search_trials
 
 
 def is_complete(sweep: SweepRecord, runs: list[RunRecord], final: bool) -> bool:
-    """Whether every planned measure cell has ended; a sweep that only searches is complete when it says so.
+    """Whether every planned run that is timed has ended; a sweep that only searches is complete when it says so.
 
-    The number of measure cells is 0 until the search is over.
+    The numbers of cells to measure and ablate are 0 until the search is over.
     """
     ended = [run for run in runs if run.status != "running"]
-    if sweep.seeds:
-        return 0 < sweep.measure_cells <= sum(run.phase == "measure" for run in ended)
+    if sweep.seeds or sweep.config.get("ablate"):
+        planned = sweep.measure_cells + sweep.ablate_cells
+        return 0 < planned <= sum(run.phase in ("measure", "ablate") for run in ended)
     return final and len(ended) == len(runs) > 0
 
 
@@ -85,14 +90,18 @@ def run_tags(run: RunRecord) -> dict[str, str]:
 
 def end_tags(run: RunRecord) -> dict[str, str]:
     tags = {"status": run.status}
-    if run.reason:
+    if run.reason and run.status != "running":
         tags["reason"] = run.reason
         tags["mlflow.note.content"] = f"**{run.status}**: {run.reason}"
     return tags
 
 
 def sweep_params(sweep: SweepRecord) -> dict[str, str]:
-    keep = {name: sweep.config[name] for name in ("task", "recipe", "search", "measure") if sweep.config.get(name)}
+    keep = {
+        name: sweep.config[name]
+        for name in ("task", "recipe", "search", "sampler", "measure", "ablate")
+        if sweep.config.get(name)
+    }
     return _flat(keep)
 
 
@@ -113,13 +122,19 @@ def sweep_metrics(sweep: SweepRecord, statuses: list[str], step: int) -> list[Me
     return [Metric(key, value, when, step) for key, value in counts.items()]
 
 
-def cell_metrics(ended: list[RunRecord]) -> list[Metric]:
+def progress(runs: list[RunRecord]) -> int:
+    """A number that grows with every start and end of an attempt: MLflow shows the value of the highest step."""
+    return sum(2 * run.attempt + 1 + (run.status != "running") for run in runs)
+
+
+def cell_metrics(runs: list[RunRecord]) -> list[Metric]:
     """Mean and 95 % interval over seeds for a measured cell; the best accuracy for a search."""
+    ended = [run for run in runs if run.status != "running"]
     finished = [run for run in ended if run.status == "finished"]
-    step, when = len(ended), max((end_millis(run) for run in ended), default=0)
+    step, when = progress(runs), max((end_millis(run) for run in ended), default=0)
     values: dict[str, float | None] = {
         "runs/finished": float(len(finished)),
-        "runs/failed": float(len(ended) - len(finished)),
+        **{f"runs/{s}": float(sum(run.status == s for run in ended)) for s in ("failed", "diverged", "stopped")},
     }
     if ended and ended[0].phase == "search":
         values["best/val_accuracy"] = max(
@@ -220,7 +235,8 @@ def millis(iso: str) -> int:
 
 
 def end_millis(run: RunRecord) -> int:
-    return millis(run.ended_at) or millis(run.started_at)
+    """When a run ended; never before its start, whatever the clocks of its machines said."""
+    return max(millis(run.ended_at), millis(run.started_at))
 
 
 def _elapsed(record: Seconds) -> float:

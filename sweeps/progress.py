@@ -1,4 +1,7 @@
-"""What a person sees while a sweep runs: one line per ended run, and a table for `plan` and `status`."""
+"""What a log sees while a sweep runs, one line per ended run; and the tables of `plan` and `status`.
+
+A terminal gets the live table of `sweeps.live` instead, through the same calls.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from rich.table import Table
 
 from fastbp.knobs import Choice, Domain
 from fastbp.method import Method
-from fastbp.record import RunRecord
+from fastbp.record import EpochRecord, RunRecord
 from sweeps.ledger import Ledger
 from sweeps.plan import Plan
 
@@ -35,15 +38,26 @@ class Progress:
         done = f", {known} of them already done" if known else ""
         self.console.print(f"[bold]{name}[/bold]: {sum(planned.values())} runs{done}")
 
+    def started(self, record: RunRecord) -> None:
+        """A run starts, or is tried again."""
+
+    def epoch(self, record: EpochRecord) -> None:
+        """A run ended an epoch."""
+
+    def tick(self) -> None:
+        """Called several times a second, whatever happens."""
+
+    def close(self) -> None:
+        """Nothing more will be shown."""
+
     def ended(self, record: RunRecord) -> None:
+        """A run ended, or an attempt at it failed."""
         self._count(record)
-        what = f"{record.arm} control" if record.role == "control" else record.arm
-        seed = f" seed {record.seed}" if record.phase == "measure" else ""
         done = f"{sum(map(len, self._done.values()))}/{sum(self._planned.values())}"
         of_arm = f"{len(self._done[record.arm])}/{self._planned[record.arm]}"
-        line = f"  {done:>7}  {what + seed:<28} {of_arm:>5}  "
+        line = f"  {done:>7}  {run_name(record):<28} {of_arm:>5}  "
         if record.status == "failed":
-            line += f"[red]failed[/red] (attempt {record.attempt + 1}): {escape(record.reason)}"
+            line += failure_text(record)
         else:
             line += "val    -   " if record.val_accuracy is None else f"val {record.val_accuracy:.4f} "
             if record.phase == "search" and record.arm in self._best:
@@ -59,6 +73,17 @@ class Progress:
             self._best[record.arm] = max(self._best.get(record.arm, 0.0), record.val_accuracy)
 
 
+def run_name(record: RunRecord) -> str:
+    """A run in a few words: its arm, whether it is a control, and its seed where seeds differ."""
+    control = " control" if record.role == "control" else ""
+    return f"{record.arm}{control}" + (f" seed {record.seed}" if record.phase != "search" else "")
+
+
+def failure_text(record: RunRecord) -> str:
+    """That an attempt failed, and why, as markup."""
+    return f"[red]failed[/red] (attempt {record.attempt + 1}): {escape(record.reason)}"
+
+
 def plan_table(plan: Plan) -> Table:
     """Arms, what each of them searches, and how many runs that makes."""
     table = Table("arm", "method", "searched", "trials", "measured", title=f"sweep {plan.sweep.name}")
@@ -71,18 +96,35 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def ablation_table(plan: Plan) -> Table:
+    """The cells of every ablation, by name; searched fields stand at their defaults until the search has chosen."""
+    table = Table("ablate", "design", "cells", "seeds", "runs", title="ablations")
+    seen: set[tuple[str, int]] = set()
+    for ablation in plan.ablations():
+        names = list(dict.fromkeys(cell.name for cell in ablation.cells))
+        runs = {(name, seed) for name in names for seed in ablation.seeds} - seen
+        seen |= runs
+        note = f"\n{ablation.note}" if ablation.note else ""
+        cells = escape(f"{len(names)}: {', '.join(names)}{note}")
+        table.add_row(ablation.arm, ablation.design, cells, str(len(ablation.seeds)), str(len(runs)))
+    return table
+
+
 def status_table(plan: Plan, ledger: Ledger) -> Table:
     """Per arm and phase: how its runs ended, and the best validation accuracy."""
-    columns = ("phase", "arm", "finished", "diverged", "failed", "unfinished", "best val")
+    columns = ("phase", "arm", "finished", "stopped", "diverged", "failed", "unfinished", "best val")
+    ends = ("finished", "stopped", "diverged", "failed", "running")
     table = Table(*columns, title=f"sweep {plan.sweep.name}")
-    for phase in ("search", "measure"):
-        for arm in plan.arms:
-            runs = ledger.of_phase(phase, arm.name)
-            count = {s: sum(r.status == s for r in runs) for s in ("finished", "diverged", "failed", "running")}
-            best = max((r.val_accuracy for r in runs if r.val_accuracy is not None), default=None)
+    table.columns[1].overflow = "fold"  # an ablation's cells differ at the end of their names
+    for phase in ("search", "measure", "ablate"):
+        for arm in dict.fromkeys([*(arm.name for arm in plan.arms), *(r.arm for r in ledger.of_phase(phase))]):
+            runs = ledger.of_phase(phase, arm)
+            count = {s: sum(r.status == s for r in runs) for s in ends}
+            full = [r.val_accuracy for r in runs if r.status == "finished" and r.val_accuracy is not None]
+            best = max(full, default=None)
             if runs:
                 shown = "" if best is None else f"{best:.4f}"
-                table.add_row(phase, arm.name, *(str(n) if n else "" for n in count.values()), shown)
+                table.add_row(phase, arm, *(str(n) if n else "" for n in count.values()), shown)
     return table
 
 

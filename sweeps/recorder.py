@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,12 @@ from ray.tune import Callback
 from fastbp.record import EpochRecord, RecordWriter, RunRecord, Seconds
 from fastbp.run import RunConfig
 from sweeps.ledger import Ledger
+from sweeps.progress import Progress
+from sweeps.stopping import Stop
+
+# What Tune and the searchers still need of a result. Of every number that is left in it Tune keeps statistics until the
+# experiment ends: 0.2 MB per trial for whole records.
+_KEPT = {"done", "training_iteration", "val_accuracy", "record/flops_executed", "end/status", "should_checkpoint"}
 
 
 class Recorder(Callback):
@@ -20,35 +27,68 @@ class Recorder(Callback):
 
     Args:
         on_end: called between two trials with the run's last record, which is on disk by then.
+        progress: is told what happens in between.
+        reasons: run_key to why a run is being stopped, as the scheduler fills it.
+        stop: is asked between two steps whether the sweep has to end.
     """
 
-    def __init__(self, writer: RecordWriter, ledger: Ledger, on_end: Callable[[RunRecord], None]) -> None:
-        self._writer, self._ledger, self._on_end = writer, ledger, on_end
+    def __init__(
+        self,
+        writer: RecordWriter,
+        ledger: Ledger,
+        on_end: Callable[[RunRecord], None],
+        progress: Progress,
+        reasons: dict[str, str],
+        stop: Stop,
+    ) -> None:
+        self._writer, self._ledger, self._on_end, self._progress = writer, ledger, on_end, progress
+        self._reasons, self._stop = reasons, stop
         self._starts: dict[str, RunRecord] = {}
         self._epochs: dict[str, EpochRecord] = {}
+        self._best: dict[str, float] = {}  # validation accuracy
+        self._noted: set[str] = set()
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        records: list[RunRecord | EpochRecord] = []
         if "start" in result:
             self._starts[trial.trial_id] = start = RunRecord(**result["start"])
-            self._write(start)
+            records.append(start)
+            self._note(start)
         self._epochs[trial.trial_id] = epoch = EpochRecord(**result["record"])
-        self._write(epoch)
+        records.append(epoch)
+        self._best[trial.trial_id] = max(self._best.get(trial.trial_id, 0.0), epoch.val_accuracy or 0.0)
         if "end" in result:
-            self._write(RunRecord(**result["end"]))
+            records.append(RunRecord(**result["end"]))
+        elif epoch.run_key in self._reasons:
+            records.append(self._stopped(trial.trial_id, epoch))
+        self._write(*records)
+        for name in result.keys() - _KEPT:
+            del result[name]
+        self._progress.epoch(epoch)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        key = RunConfig.from_dict(trial.config["run"]).key
-        if key in self._ledger.runs:
-            self._on_end(self._ledger.runs[key])
+        self._starts.pop(trial.trial_id, None)
+        self._best.pop(trial.trial_id, None)
+        epoch = self._epochs.pop(trial.trial_id, None)
+        if epoch is not None:
+            self._on_end(self._ledger.runs[epoch.run_key])
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._progress.started(_unstarted(trial.config))
+
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        self._progress.tick()
+        self._stop.check()
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        record = self._starts.get(trial.trial_id) or _unstarted(trial.config)
-        epoch = self._epochs.get(trial.trial_id)
+        record = self._starts.pop(trial.trial_id, None) or _unstarted(trial.config)
+        epoch = self._epochs.pop(trial.trial_id, None)
         if epoch is not None:
             record.epochs_done, record.examples, record.steps = epoch.epoch + 1, epoch.examples, epoch.steps
             for name in Seconds.__dataclass_fields__:
                 setattr(record, name, getattr(epoch, name))
-        record.status, record.reason, record.ended_at = "failed", reason_of(_error_text(trial)), _now()
+        record.status, record.reason = "failed", reason_of(_error_text(trial))
+        record.ended_at = max(_now(), record.started_at)  # clocks of two machines, or one that was set back
         self._write(record)
         self._on_end(record)
 
@@ -56,13 +96,51 @@ class Recorder(Callback):
         """Tune pickles its set-up for a restore that is never used: a sweep resumes from its records."""
         return {}
 
-    def _write(self, record: RunRecord | EpochRecord) -> None:
-        self._writer.write(record)
-        self._ledger.add(record)
+    def _stopped(self, trial_id: str, epoch: EpochRecord) -> RunRecord:
+        """The end of a run that the scheduler stops after this epoch."""
+        shared = {f.name for f in fields(EpochRecord)} & {f.name for f in fields(RunRecord)} - {"kind"}
+        start = self._starts[trial_id]
+        return replace(
+            start,
+            **{name: getattr(epoch, name) for name in shared},
+            epochs_done=epoch.epoch + 1,
+            best_val_accuracy=max(start.best_val_accuracy or 0.0, self._best[trial_id]),
+            status="stopped",
+            reason=self._reasons.pop(epoch.run_key),
+            ended_at=max(_now(), start.started_at),
+        )
+
+    def _note(self, start: RunRecord) -> None:
+        """Say what a run has to remark at its start; each kind of remark once."""
+        kind = start.reason.split(":")[0]
+        if kind and kind not in self._noted:
+            self._noted.add(kind)
+            self._progress.console.print(
+                f"{start.phase} {start.arm}: {start.reason}", highlight=False, markup=False, soft_wrap=True
+            )
+
+    def _write(self, *records: RunRecord | EpochRecord) -> None:
+        """On disk at once, then in the ledger."""
+        self._writer.write(*records)
+        for record in records:
+            self._ledger.add(record)
+
+
+_DEATH = r"^(ray\.exceptions\.\w+: )?(The actor (died|is dead)|Task was killed|\d+ worker\(s\) were killed)"
+_CAUSES = {  # what Ray says of a process that is gone, and what it means
+    r"low on memory|memory usage threshold": "out of memory: Ray killed the run's process before its node ran out; "
+    "give a run more memory, or run fewer side by side",
+    r"node (has died|was terminated)": "the node that trained the run died",
+    r"worker process has died": "the run's process died: it was killed, ran out of memory, or crashed",
+}
 
 
 def reason_of(text: str) -> str:
     """The sentence of the newest error in a traceback."""
+    if re.search(_DEATH, text, re.MULTILINE):
+        for pattern, sentence in _CAUSES.items():
+            if re.search(pattern, text):
+                return sentence
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"[A-Za-z_][\w.]*(Error|Exception|Interrupt|Exit|Killed)\b", line)]
     return ((errors or lines or ["the trial ended without a message"])[-1])[:500]

@@ -10,7 +10,7 @@ from ray.tune.search import Searcher
 
 from fastbp.run import RunConfig
 from sweeps.ledger import Ledger, config_of
-from sweeps.studies import ArmStudy
+from sweeps.studies import ArmStudy, measured_of
 
 Trial = dict[str, Any]  # a MethodTrainable config
 MakeTrial = Callable[[RunConfig, int], Trial]  # of a run and its attempt
@@ -58,13 +58,13 @@ class ListSearcher(Searcher):
             return
         result = result or {}
         status = "failed" if error else result.get("end/status", "stopped")
-        self._ended(run, status, result.get("val_accuracy"))
+        self._ended(run, status, result)
 
     def _next(self) -> RunConfig | None:
         return self._queue.popleft() if self._queue else None
 
-    def _ended(self, run: RunConfig, status: str, val_accuracy: float | None) -> None:
-        """A run reached its last attempt's end."""
+    def _ended(self, run: RunConfig, status: str, result: dict[str, Any]) -> None:
+        """A run reached its last attempt's end; `result` is its last one, flat."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its set-up for a restore that is never used; see `restore`."""
@@ -113,9 +113,10 @@ class ArmSearcher(ListSearcher):
                 return None
             record = self._ledger.done(run.key)
             if record is not None:
-                study.tell(run.key, record.status, record.val_accuracy)
+                study.tell(run.key, record.status, measured_of(record))
             elif run.key not in live:  # else its trial waits for the run under way
                 return run
 
-    def _ended(self, run: RunConfig, status: str, val_accuracy: float | None) -> None:
-        self._studies[run.arm].tell(run.key, status, val_accuracy)
+    def _ended(self, run: RunConfig, status: str, result: dict[str, Any]) -> None:
+        measured = {"val_accuracy": result.get("val_accuracy"), "flops": result.get("record/flops_executed")}
+        self._studies[run.arm].tell(run.key, status, measured)

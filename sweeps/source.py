@@ -16,13 +16,19 @@ class SweepError(Exception):
     """A sweep file or output folder that cannot be used; the text is what the user reads."""
 
 
+class SweepStopped(SweepError):
+    """A sweep that the world ended early, such as a full disk; the same command continues it."""
+
+
 def without_password(text: str) -> str:
     """The text with user and password taken out of every URL in it.
 
     >>> without_password("http://me:secret@host/path")
     'http://host/path'
+    >>> without_password("http://me:p@ss@host")
+    'http://host'
     """
-    return re.sub(r"://[^/@\s]*@", "://", text)
+    return re.sub(r"://[^/\s]*@", "://", text)
 
 
 class _Loader(yaml.SafeLoader):

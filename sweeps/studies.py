@@ -1,184 +1,207 @@
 """One Optuna study per arm, with the same number of trials for every arm.
 
-Only a trial that ran its full budget to a finite accuracy is told COMPLETE. A stopped trial is PRUNED; a
-failed or diverged one is FAIL, because a sampler that is told NaN or inf keeps it pending or best for ever.
+Only a trial that ran its full budget to finite values is told COMPLETE. A stopped trial is PRUNED; a failed or
+diverged one is FAIL, because a sampler that is told NaN or inf keeps it pending or best for ever.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import itertools
 import json
 import math
-import random
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from fastbp.knobs import Choice, Domain, IntRange, LogUniform
 from fastbp.record import RunRecord
 from fastbp.run import RunConfig
 from sweeps.arms import Arm, Values
 from sweeps.ledger import DONE
+from sweeps.samplers import (
+    LEARNING,
+    decode,
+    describe,
+    distribution,
+    encode,
+    fixed_settings,
+    generation_attrs,
+    make_sampler,
+    space_size,
+)
+from sweeps.spec import Sweep
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+DIRECTIONS = {"val_accuracy": StudyDirection.MAXIMIZE, "flops": StudyDirection.MINIMIZE}
+_TRIES = 100  # proposals of a learning sampler that has repeated itself, before its repetition counts as a trial
+Log = Callable[[dict[str, Any]], None]  # hears of every start, ask and tell
 
 
 class ArmStudy:
     """The search of one arm: proposes settings, learns from their results, and stops at its budget.
+
+    Args:
+        objectives: `val_accuracy`, or `val_accuracy` and `flops`, the whole run's count.
 
     Attributes:
         budget: trials of this arm; 1 where nothing is searched.
     """
 
     def __init__(
-        self, arm: Arm, sampler: str, trials: int, seed: int, config: Callable[[Arm, Values], RunConfig]
+        self,
+        arm: Arm,
+        sampler: str,
+        trials: int,
+        seed: int,
+        config: Callable[[Arm, Values], RunConfig],
+        objectives: Sequence[str] = ("val_accuracy",),
+        log: Log = lambda event: None,
     ) -> None:
         self.arm = arm
-        self.budget = trials if arm.space else 1
-        self._config = config
-        self._space = {path: _distribution(domain) for path, domain in arm.space.items()}
-        self._grid = _grid(arm.space, trials, seed) if sampler == "grid" and arm.space else []
-        self.budget = len(self._grid) or self.budget
+        self.objectives = tuple(objectives)
+        self._config, self._log = config, log
         self._sampler, self._trials, self._seed = sampler, trials, seed
+        self._space = {path: distribution(domain) for path, domain in arm.space.items()}
+        self._fixed = fixed_settings(sampler, arm.space, trials, _seed(seed, arm.name, 0))
+        self.budget = len(self._fixed) or (trials if arm.space else 1)
         self._study = self._new_study(known=0)
         self._waiting: dict[str, list[int]] = {}  # run_key to trial numbers that wait for its result
+        self._keys: set[str] = set()  # of all runs that were proposed
+        self._repeats: set[int] = set()  # trial numbers that proposed such a run again and use no budget
+
+    @classmethod
+    def of_sweep(
+        cls, sweep: Sweep, arm: Arm, config: Callable[[Arm, Values], RunConfig], log: Log = lambda event: None
+    ) -> ArmStudy:
+        """The study of an arm as the sweep file's `search` part wants it."""
+        search = sweep.search
+        assert search is not None
+        return cls(arm, search.sampler, search.trials, search.seed, config, search.objectives, log)
+
+    @property
+    def distinct(self) -> int:
+        """How many different settings the budget can hold: a space of choices may have fewer."""
+        if self._fixed:
+            return len({json.dumps(setting, sort_keys=True) for setting in self._fixed})
+        return int(min(self.budget, space_size(self.arm.space)))
 
     @property
     def asked(self) -> int:
         return len(self.states())
 
     def restore(self, records: list[RunRecord]) -> None:
-        """Tell results of an earlier start; only tpe needs it: the others propose the same sequence again."""
-        if self._sampler != "tpe" or not self._space:
+        """Tell results of an earlier start; the samplers that do not learn propose their list again instead."""
+        known = records if self._sampler in LEARNING and self._space else []
+        self._log({"event": "start", "arm": self.arm.name, "known": len(known), **self._description()})
+        if not known:
             return
-        self._study = self._new_study(known=len(records))
-        for record in records:
+        self._study, complete = self._new_study(known=len(known)), 0
+        for record in known:
             again = record.status not in DONE
-            state, value = (TrialState.RUNNING, None) if again else outcome(record.status, record.val_accuracy)
-            values = self.arm.values_of(record.method, record.recipe)
-            params = {path: _encode(self.arm.space[path], setting) for path, setting in values.items()}
+            state, values = (TrialState.RUNNING, None) if again else self._outcome(record.status, measured_of(record))
+            setting = self.arm.values_of(record.method, record.recipe)
             self._study.add_trial(
-                optuna.trial.create_trial(state=state, value=value, params=params, distributions=self._space)
+                optuna.trial.create_trial(
+                    state=state,
+                    values=values,
+                    params={path: encode(self.arm.space[path], value) for path, value in setting.items()},
+                    distributions=self._space,
+                    system_attrs=generation_attrs(self._sampler, self._trials, complete),
+                )
             )
+            complete += state is TrialState.COMPLETE
+            self._keys.add(record.run_key)
             if again:
-                self._waiting.setdefault(record.run_key, []).append(self.asked - 1)
+                self._waiting.setdefault(record.run_key, []).append(len(self._study.get_trials(deepcopy=False)) - 1)
 
     def ask(self) -> RunConfig | None:
         """The next proposed run, or None when the budget is used."""
         if self.asked >= self.budget:
             return None
-        if self._grid:
-            self._study.enqueue_trial(self._grid[self.asked])
-        trial = self._study.ask(self._space)
-        config = self._config(self.arm, {path: _decode(self.arm.space[path], v) for path, v in trial.params.items()})
+        if self._fixed:
+            self._study.enqueue_trial(self._fixed[self.asked])
+        trial, values, config = self._propose()
+        for _ in range(_TRIES if self._sampler in LEARNING and len(self._keys) < self.distinct else 0):
+            if config.key not in self._keys:
+                break
+            self._study.tell(trial.number, state=TrialState.FAIL)  # a child like its parent is no trial
+            self._repeats.add(trial.number)
+            trial, values, config = self._propose()
+        self._keys.add(config.key)
         self._waiting.setdefault(config.key, []).append(trial.number)
+        self._tell_log("ask", trial.number, config.key, setting=values)
         return config
+
+    def _propose(self) -> tuple[optuna.trial.Trial, Values, RunConfig]:
+        trial = self._study.ask(self._space)
+        values = {path: decode(self.arm.space[path], v) for path, v in trial.params.items()}
+        return trial, values, self._config(self.arm, values)
 
     def is_waiting(self, key: str) -> bool:
         return key in self._waiting
 
-    def tell(self, key: str, status: str, val_accuracy: float | None) -> None:
-        """The result of a run, for every trial that proposed it."""
-        state, value = outcome(status, val_accuracy)
+    def tell(self, key: str, status: str, measured: dict[str, float | None]) -> None:
+        """The result of a run, for every trial that proposed it.
+
+        Args:
+            status: how the run ended.
+            measured: its values by objective, at the end of the run.
+        """
+        state, values = self._outcome(status, measured)
         for number in self._waiting.pop(key, []):
-            self._study.tell(number, value, state)
+            self._study.tell(number, values, state)
+            self._tell_log("tell", number, key, state=state.name, values=values)
 
     def states(self) -> list[TrialState]:
-        return [trial.state for trial in self._study.get_trials(deepcopy=False)]
+        """Of every trial of the budget, in the order of asking."""
+        return [t.state for t in self._study.get_trials(deepcopy=False) if t.number not in self._repeats]
+
+    def _outcome(self, status: str, measured: dict[str, float | None]) -> tuple[TrialState, list[float] | None]:
+        """How a run's end is told to the sampler."""
+        values = [measured.get(name) for name in self.objectives]
+        if status == "finished" and all(v is not None and math.isfinite(v) for v in values):
+            return TrialState.COMPLETE, [float(v) for v in values if v is not None]
+        return (TrialState.PRUNED if status == "stopped" else TrialState.FAIL), None
 
     def _new_study(self, known: int) -> optuna.Study:
-        sampler = _sampler(self._sampler, self._trials, _seed(self._seed, self.arm.name, known))
         return optuna.create_study(
             storage=None,
-            sampler=sampler,
+            sampler=make_sampler(self._sampler, self._trials, _seed(self._seed, self.arm.name, known)),
             pruner=optuna.pruners.NopPruner(),
             study_name=self.arm.name,
-            direction="maximize",
+            directions=[DIRECTIONS[name] for name in self.objectives],
             load_if_exists=False,
         )
 
+    def _description(self) -> dict[str, Any]:
+        return {
+            "seed": self._seed,
+            "budget": self.budget,
+            "objectives": list(self.objectives),
+            "sampler": describe(self._sampler, self._trials),
+        }
 
-def outcome(status: str, val_accuracy: float | None) -> tuple[TrialState, float | None]:
-    """How a run's end is told to a sampler."""
-    if status == "finished" and val_accuracy is not None and math.isfinite(val_accuracy):
-        return TrialState.COMPLETE, float(val_accuracy)
-    return (TrialState.PRUNED if status == "stopped" else TrialState.FAIL), None
-
-
-def _sampler(name: str, trials: int, seed: int) -> optuna.samplers.BaseSampler:
-    """The sampler with every argument given that is not deprecated: new defaults change no search."""
-    if name == "tpe":
-        return optuna.samplers.TPESampler(
-            n_startup_trials=max(2, min(10, trials // 3)),
-            n_ei_candidates=24,
-            seed=seed,
-            multivariate=True,
-            group=False,
-            constant_liar=True,
-        )
-    if name == "qmc":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return optuna.samplers.QMCSampler(
-                qmc_type="sobol",
-                scramble=True,
-                seed=seed,
-                independent_sampler=optuna.samplers.RandomSampler(seed=seed),
-                warn_asynchronous_seeding=False,
-                warn_independent_sampling=False,
-            )
-    return optuna.samplers.RandomSampler(seed=seed)
+    def _tell_log(self, event: str, number: int, key: str, **more: Any) -> None:
+        self._log({"event": event, "arm": self.arm.name, "trial": number, "run_key": key, **more})
 
 
-def _grid(space: dict[str, Domain], trials: int, seed: int) -> list[dict[str, Any]]:
-    """Evenly spaced points of every range, as many as the budget allows, times all values of every choice.
+def search_log(path: Path) -> Log:
+    """Appends the search's asks and tells, in their order, as JSON lines; a search is not repeatable without them."""
 
-    At most `trials` settings, in random order, so that a grid that is cut short by the budget has no blank corner.
-    """
-    ranges = [path for path, domain in space.items() if not isinstance(domain, Choice)]
-    choices = math.prod(len(d.values) for d in space.values() if isinstance(d, Choice))
-    points = max(2, int((trials / choices) ** (1 / len(ranges)) + 1e-9)) if ranges else 0
-    axes = [_points(domain, points) for domain in space.values()]
-    settings = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
-    random.Random(seed).shuffle(settings)
-    return settings[:trials]
+    def log(event: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:  # a log stops no sweep
+            file.write(json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), **event}) + "\n")
+
+    return log
 
 
-def _points(domain: Domain, n: int) -> list[Any]:
-    if isinstance(domain, Choice):
-        return [_encode(domain, value) for value in domain.values]
-    low, high = float(domain.low), float(domain.high)
-    if isinstance(domain, LogUniform):
-        inner = [low * (high / low) ** (i / (n - 1)) for i in range(1, n - 1)]
-    else:
-        inner = [low + (high - low) * i / (n - 1) for i in range(1, n - 1)]
-    if isinstance(domain, IntRange):
-        return sorted({domain.low, *(round(x) for x in inner), domain.high})
-    return [low, *inner, high]
-
-
-def _distribution(domain: Domain) -> BaseDistribution:
-    if isinstance(domain, Choice):
-        return CategoricalDistribution([_encode(domain, value) for value in domain.values])
-    if isinstance(domain, IntRange):
-        return IntDistribution(domain.low, domain.high)
-    return FloatDistribution(domain.low, domain.high, log=isinstance(domain, LogUniform))
-
-
-def _encode(domain: Domain, value: Any) -> Any:
-    """Optuna takes no lists as choices: choices travel as JSON text."""
-    return json.dumps(value) if isinstance(domain, Choice) else value
-
-
-def _decode(domain: Domain, value: Any) -> Any:
-    if not isinstance(domain, Choice):
-        return value
-    return next(candidate for candidate in domain.values if json.dumps(candidate) == value)
+def measured_of(record: RunRecord) -> dict[str, float | None]:
+    """A run's values by objective; FLOPs are counted, so that sharing a device does not touch them."""
+    return {"val_accuracy": record.val_accuracy, "flops": record.flops_executed}
 
 
 def _seed(seed: int, arm: str, known: int) -> int:

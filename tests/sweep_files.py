@@ -24,7 +24,9 @@ def plan_of(folder: Path, text: str = TOY):
     return load_plan(str(file))
 
 
-def ended(config, *, status="finished", val=0.9, test=0.8, attempt=0, examples=128, train_seconds=1.0, reason=""):
+def ended(
+    config, *, status="finished", val=0.9, test=0.8, attempt=0, examples=128, train_seconds=1.0, reason="", flops=None
+):
     """The last line of a run of this configuration."""
     data = config.to_dict()
     names = ("sweep", "phase", "arm", "role", "block", "task", "recipe", "method", "seed")
@@ -39,7 +41,8 @@ def ended(config, *, status="finished", val=0.9, test=0.8, attempt=0, examples=1
         best_val_accuracy=val,
         test_accuracy=test,
         train_seconds=train_seconds,
-        exclusive=config.phase == "measure",
+        flops_executed=flops,
+        exclusive=config.phase in ("measure", "ablate"),
         started_at="2026-01-01T00:00:00+00:00",
         ended_at="" if status == "running" else "2026-01-01T00:01:00+00:00",
         **{name: data[name] for name in names},

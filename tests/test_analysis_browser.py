@@ -5,9 +5,11 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import pytest
 
+from analysis.links import Origin, run_url
 from analysis.report import build, text_files
 from analysis_records import search_lines, synthetic, write
 
@@ -20,11 +22,28 @@ addEventListener("error", event => document.body.dataset.error = event.message);
 addEventListener("load", () => {
   const out = {};
   const tip = document.getElementById("tip");
-  const mark = [...document.querySelectorAll("figure.wide .mark")].find(m => m.dataset.tip.startsWith("ldb ·"));
+  const figure = innerWidth > 640 ? "wide" : "narrow";
+  const mark = [...document.querySelectorAll(`figure.${figure} .mark`)].find(m => m.dataset.tip.startsWith("ldb ·"));
   mark.dispatchEvent(new PointerEvent("pointermove", {clientX: 300, clientY: 300}));
   out.tip = tip.hidden ? "hidden" : tip.textContent;
   mark.dispatchEvent(new PointerEvent("pointerleave"));
   out.after = tip.hidden;
+  mark.dispatchEvent(new MouseEvent("click", {clientX: 300, clientY: 300, bubbles: true}));
+  mark.dispatchEvent(new PointerEvent("pointerleave"));
+  out.pinned = tip.hidden ? "hidden" : tip.innerText;
+  out.reachable = getComputedStyle(tip).pointerEvents;
+  document.body.click();
+  out.unpinned = tip.hidden;
+  mark.focus();
+  mark.dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}));
+  out.focused = tip.contains(document.activeElement);
+  out.links = [...tip.querySelectorAll("a")].map(a => a.href);
+  dispatchEvent(new KeyboardEvent("keydown", {key: "Escape", bubbles: true}));
+  out.escaped = tip.hidden && document.activeElement === mark;
+  mark.blur();
+  out.scripts = document.querySelectorAll("#tip script, template script").length;
+  out.hints = [...document.querySelectorAll(".hint")].filter(h => h.getBoundingClientRect().height > 0)
+    .map(h => h.closest("section").id);
   const table = document.querySelector("#pareto table");
   const sort = name => [...table.querySelectorAll("th button")].find(b => b.textContent.includes(name)).click();
   const order = () => [...table.tBodies[0].rows].map(row => row.cells[0].textContent.trim());
@@ -58,6 +77,15 @@ def chromium(tmp_path, *arguments):
     return done.stdout.decode()
 
 
+def probed(tmp_path, page, width):
+    """What the page's probe found at a width."""
+    dom = chromium(tmp_path, f"--window-size={width},1000", "--dump-dom", page.as_uri())
+    assert "data-error" not in dom, re.findall('data-error="([^"]*)"', dom)
+    found = re.search('data-probe="([^"]*)"', dom)
+    assert found, "the script of the page did not run to its end"
+    return json.loads(html.unescape(found[1]))
+
+
 @pytest.fixture
 def page(tmp_path):
     lines = synthetic(3) + search_lines()
@@ -67,16 +95,39 @@ def page(tmp_path):
     return path
 
 
+def test_links_of_runs_can_be_reached_and_are_escaped(tmp_path):
+    """A point of runs tracked on a server: a press keeps the card open and its links are the server's pages."""
+    path = write(tmp_path / "records.jsonl", synthetic(3) + search_lines())
+    made = build([path])
+    for key in made.results.origins:
+        url = run_url("https://ann:pw@host.example/ml", "7", f'{key}"><script>alert(1)</script>')
+        made.results.origins[key] = Origin(key, "<script>x</script>.jsonl", f"<script>{key}</script>", url)
+    runs = [[(seed, made.results.origins[o.run_key]) for seed, o in arm] for arm in made.sections[0].runs]
+    made = replace(made, sections=[replace(made.sections[0], runs=runs)])
+    contents = dict(text_files(made))
+    page = tmp_path / "report.html"
+    page.write_bytes(contents["report.html"].replace(b"</head>", PROBE.encode() + b"</head>"))
+    probe = probed(tmp_path, page, 1280)
+    assert len(probe["links"]) == 3, probe["links"]
+    assert all(re.fullmatch(r"https://host\.example/ml/#/experiments/7/runs/[\w%()/]+", a) for a in probe["links"])
+    assert probe["focused"] is True, "Enter on a point moves the focus into its card"
+    assert probe["scripts"] == 0, "a name of a run became a script"
+
+
 @pytest.mark.parametrize(("width", "figure"), [(1280, "wide"), (500, "narrow")])
 def test_the_page_works(tmp_path, page, width, figure):
-    dom = chromium(tmp_path, f"--window-size={width},1000", "--dump-dom", page.as_uri())
-    assert "data-error" not in dom, re.findall('data-error="([^"]*)"', dom)
-    found = re.search('data-probe="([^"]*)"', dom)
-    assert found, "the script of the page did not run to its end"
-    probe = json.loads(html.unescape(found[1]))
+    probe = probed(tmp_path, page, width)
     assert probe["tip"].startswith("ldb · method\nldb(drop_rate=0.5)\ntest accuracy "), probe["tip"]
     assert "seeds 0, 1, 2" in probe["tip"]
     assert probe["after"] is True, "the tip stays when the pointer leaves"
+    assert probe["pinned"].startswith("close\n\nldb · method\n"), "a press keeps the card"
+    assert re.search(r"seed 0: run [0-9a-f]{16}\n.*in records\.jsonl", probe["pinned"], re.DOTALL), probe["pinned"]
+    assert probe["reachable"] == "auto", "the pointer cannot reach what is in the card"
+    assert probe["unpinned"] is True, "a press elsewhere closes it"
+    assert probe["focused"] is True, "Enter moves the focus into the card"
+    assert probe["links"] == [], "records have no page to link to"
+    assert probe["escaped"] is True, "Escape closes the card and gives the focus back"
+    assert bool(probe["hints"]) == (width < 1000), f"tables that say that they scroll: {probe['hints']}"
     assert probe["up"] == ["dbp", "dbp (control)", "ldb (control)", "ldb", "bp"], "speed-up upwards, unknown last"
     assert probe["down"] == ["ldb", "ldb (control)", "dbp (control)", "dbp", "bp"]
     assert probe["numbers"] == ["ldb", "ldb (control)", "bp", "dbp (control)", "dbp"], "7 s are fewer than 10 s"

@@ -1,14 +1,16 @@
 """Profiles across tasks against slow truths and known times."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.profiles import geometric_mean, profile, profile_table, profiled, ratios_to_best
+from analysis.profiles import MAX_FACTOR, geometric_mean, profile, profile_table, profiled, ratios_to_best
+from analysis.report import build
 from analysis.statistics import Estimate, ratio_estimate
-from analysis_records import TASK, bp, dbp, epoch_lines, groups_of, ldb, report_of, rows_of, run_line, sweep_line
+from analysis_records import TASK, bp, dbp, epoch_lines, groups_of, ldb, report_of, rows_of, run_line, sweep_line, write
 
 
 def test_ratios_and_profile_by_hand():
@@ -98,3 +100,18 @@ def test_the_report_of_one_task_has_no_profile_and_that_of_two_has(tmp_path):
     one = report_of(tmp_path / "one", [x for x in two_tasks() if x.get("task", TASK) == TASK])
     assert "tables/profiles.csv" not in one
     assert "Across tasks" not in one["report.html"].decode()
+
+
+def test_the_drawn_profile_is_the_table(tmp_path):
+    """A step of the line stands where the table says so; the marker where nothing more comes."""
+    report = build([write(tmp_path / "records.jsonl", two_tasks())])
+    wide, narrow = report.profile_plots
+    assert (wide.width, narrow.width) == (860, 380)
+    shares = {row["arm"]: row for row in report.across[0].rows}
+    for mark in wide.marks:
+        own = shares[mark.arm.name]
+        assert f"fastest in {own['within_1'].value:.2f} of 2 tasks" in mark.tip
+        assert f"within 2×: {own['within_2'].value:.2f}" in mark.tip
+        top = min(float(y) for y in re.findall(r"[ML][\d.]+,([\d.]+)", mark.path))
+        assert mark.y == top
+        assert mark.y == wide.y(report.profile.share(MAX_FACTOR)[mark.index].value)

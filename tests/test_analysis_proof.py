@@ -13,6 +13,7 @@ from analysis.measured import Arm, Group
 from analysis.pareto import front_membership, hypervolume, pareto_front, relative_volume
 from analysis.profiles import geometric_mean
 from analysis.statistics import (
+    bootstrap_interval,
     censored_ratio,
     difference_estimate,
     mean_estimate,
@@ -51,6 +52,17 @@ def test_accuracy_difference_and_speed_up(n):
     slow, fast = np.exp(clock + random.normal(0, 0.02, (2, SWEEPS, n)) + np.log([10.0, 7.0])[:, None, None])
     ratios = [ratio_estimate(a, b) for a, b in zip(slow, fast, strict=True)]
     assert_nominal(coverage(ratios, 10 / 7), f"the speed-up of {n} seeds")
+
+
+@pytest.mark.parametrize(("n", "low", "high"), [(5, 0.86, 0.95), (10, 0.93, 0.97), (20, 0.93, 0.97)])
+def test_paired_bootstrap(n, low, high):
+    """Of differences as the table of tests shows it; below ten pairs it covers less, which its caption says."""
+    random = np.random.default_rng(n)
+    common = random.normal(0, 0.02, (FEW, n))
+    base, arm = common + random.normal(0, 0.004, (2, FEW, n)) - np.array([0.01, 0.0])[:, None, None]
+    found = [bootstrap_interval(x, np.mean, random, resamples=2000) for x in arm - base]
+    share = np.mean([one <= 0.01 <= two for one, two in found])
+    assert low <= share <= high, f"the paired bootstrap of {n} pairs covers the truth in {share:.1%} of sweeps"
 
 
 @pytest.mark.parametrize("n", [3, 5])
@@ -125,36 +137,52 @@ def sweep(random, n, seconds, accuracy, time_noise, accuracy_noise):
     return times, accuracy + luck + random.normal(0, accuracy_noise, shape)
 
 
-@pytest.mark.parametrize("n", [3, 5, 10])
-def test_hypervolume(n):
-    truth = hypervolume(SECONDS, ACCURACY, (20.0, 0.0)) / (10.0 * 0.9)
+ALMOST = np.array([10.0, 9.9, 12.0, 13.0]), np.array([0.90, 0.905, 0.90, 0.93])  # one is all but on the front
+
+
+def covered_volume(n, seconds, accuracy, time_noise, accuracy_noise):
+    truth = hypervolume(seconds, accuracy, (20.0, 0.0)) / (10.0 * 0.9)
     random = np.random.default_rng(n)
-    found = [
-        relative_volume(*sweep(random, n, SECONDS, ACCURACY, 0.005, 0.02), 0, random, resamples=400) for _ in range(FEW)
-    ]
-    assert_nominal(coverage(found, truth), f"the hypervolume of {n} seeds")
-    noisy = [
-        relative_volume(*sweep(random, n, SECONDS, ACCURACY, 0.02, 0.005), 0, random, resamples=400) for _ in range(FEW)
-    ]
-    share = coverage(noisy, truth)
-    assert 0.93 <= share <= 0.995, f"where the spread of median times dominates it may be wide, not narrow: {share:.1%}"
+    drawn = (sweep(random, n, seconds, accuracy, time_noise, accuracy_noise) for _ in range(FEW))
+    return coverage([relative_volume(*points, 0, random, resamples=400) for points in drawn], truth)
 
 
-@pytest.mark.parametrize(("n", "tolerance"), [(3, 0.14), (5, 0.08), (10, 0.08)])
-def test_front_membership_is_calibrated(n, tolerance):
-    """Of the arms with P near p, a share near p is on the true front; with three seeds P is too sure of itself."""
+@pytest.mark.parametrize("n", [3, 5, 10])
+@pytest.mark.parametrize(("time_noise", "accuracy_noise"), [(0.005, 0.02), (0.02, 0.005)], ids=["accuracy", "time"])
+def test_hypervolume(n, time_noise, accuracy_noise):
+    share = covered_volume(n, SECONDS, ACCURACY, time_noise, accuracy_noise)
+    if n == 3 and accuracy_noise > time_noise:  # three seeds and a heavy tail: rather wide than narrow
+        assert 0.95 <= share <= 0.98, f"the hypervolume of {n} seeds is covered in {share:.1%}"
+    else:
+        assert_nominal(share, f"the hypervolume of {n} seeds")
+
+
+@pytest.mark.parametrize("n", [5, 10])
+def test_hypervolume_where_an_arm_is_almost_on_the_front(n):
+    assert_nominal(covered_volume(n, *ALMOST, 0.02, 0.005), f"the hypervolume of {n} seeds")
+
+
+def test_hypervolume_of_equal_arms_covers_less_as_the_report_says():
+    share = covered_volume(10, np.full(5, 10.0), np.full(5, 0.9), 0.02, 0.005)
+    assert 0.89 <= share <= 0.97, f"the interval of five equal arms' hypervolume covers 1 in {share:.1%}"
+
+
+@pytest.mark.parametrize(("n", "spread"), [(3, 1.0), (5, 1.0), (10, 1.0), (3, 2.0)])
+def test_front_membership_is_calibrated(n, spread):
+    """Of the arms with P near p, a share near p is on the true front, whether the arms lie close or far apart."""
     random, told, truth = np.random.default_rng(n), [], []
-    for _ in range(FEW):
-        seconds, accuracy = 10 * np.exp(random.normal(0, 0.02, 4)), 0.9 + random.normal(0, 0.01, 4)
+    for _ in range(FEW * 3 // 2):
+        seconds = 10 * np.exp(random.normal(0, 0.02 * spread, 4))
+        accuracy = 0.9 + random.normal(0, 0.01 * spread, 4)
         points = sweep(random, n, seconds, accuracy, 0.02, 0.01)
         told += front_membership(*points, random, 400).tolist()
         truth += pareto_front(seconds, accuracy).tolist()
     told, truth = np.array(told), np.array(truth)
     for low, high in ((0.0, 0.2), (0.2, 0.4), (0.4, 0.6), (0.6, 0.8), (0.8, 1.01)):
         inside = (told >= low) & (told < high)
-        assert inside.sum() > 100
+        assert inside.sum() > 150
         said, was = told[inside].mean(), truth[inside].mean()
-        assert abs(said - was) <= tolerance, f"P(on front) of {said:.2f} was true in {was:.2f} of {inside.sum()} arms"
+        assert abs(said - was) <= 0.07, f"P(on front) of {said:.2f} was true in {was:.2f} of {inside.sum()} arms"
 
 
 # --- speed-up at equal accuracy ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -308,9 +309,12 @@ def test_an_sqlite_store_gives_what_the_records_give(tracked, tmp_path):
     for results in (load(["mlflow:demo"]), load([f"mlflow:demo@{uri}"]), load(["mlflow:demo"], tracking_uri=uri)):
         assert same(local, results)
         assert not results.problems
+        assert all(len(o.run_id) == 32 and not o.url for o in results.origins.values()), "sqlite has ids, no pages"
+    assert {o.text for o in local.origins.values()} == {f"run {key}" for key in local.origins}
     both = load(["mlflow:demo", tracked])
     assert same(local, both)
     assert not both.problems, "the same runs found twice are no problem"
+    assert all(o.run_id for o in both.origins.values()), "what MLflow knows is not lost beside the records"
 
 
 def test_two_machines_that_synced_one_sweep_are_read_together(tracked, tmp_path):
@@ -390,4 +394,14 @@ def answers(url):
 @pytest.mark.slow
 def test_a_server_gives_what_the_records_give(tracked, server):
     synced(tracked, server)
-    assert same(load([tracked]), load([f"mlflow:demo@{server}"]))
+    results = load([f"mlflow:demo@{server}"])
+    assert same(load([tracked]), results)
+    pages = {origin.url for origin in results.origins.values()}
+    assert len(pages) == len(results.origins) == 9, "every measured run has a page of its own"
+    for key, origin in results.origins.items():
+        place = re.fullmatch(rf"{server}/#/experiments/(\d+)/runs/([0-9a-f]+)", origin.url)
+        assert place, f"no page of a run: {origin.url}"
+        with urllib.request.urlopen(f"{server}/api/2.0/mlflow/runs/get?run_id={place[2]}") as reply:
+            run = json.load(reply)["run"]
+        assert run["info"]["experiment_id"] == place[1]
+        assert {"key": "fastbp.run_key", "value": key} in run["data"]["tags"], "the link leads to another run"

@@ -37,6 +37,32 @@ def test_train_json_is_the_record_alone():
     assert json.loads(out)["status"] == "finished"
 
 
+def test_train_shows_where_the_net_was_cut():
+    out, _ = fastbp("train", "--method", "ddg", "--set", "split=flops", *SMALL)
+    lines = out[: out.index("epoch 1/2")].splitlines()
+    assert lines[0].startswith("modules, as measured on one batch"), out
+    rows = [line.replace("│", " ").split() for line in lines if line.startswith("│")]
+    assert [row[:2] for row in rows] == [["0", "1"], ["1", "0"]], f"module and steps late: {rows}"
+    shares = [float(word.rstrip("%")) for row in rows for word in row if word.endswith("%")]
+    assert sum(shares) == pytest.approx(100, abs=1), f"shares of the FLOPs: {shares}"
+
+
+@pytest.mark.slow
+def test_train_with_a_process_per_module(tmp_path):
+    path = tmp_path / "records.jsonl"
+    out, _ = fastbp("train", "--method", "ddg", "--set", "processes=true", *SMALL, "--out", str(path))
+    assert out.index("modules, as measured on one batch") < out.index("epoch 1/2"), out
+    (run,) = last_runs(read_records(path)).values()
+    assert (run.status, run.workers, run.epochs_done) == ("finished", 2, 2), f"{run}"
+    quiet = fastbp("train", "--method", "ddg", "--set", "processes=true", *SMALL, "--json")[0]
+    assert json.loads(quiet)["workers"] == 2
+    _, error = fastbp("train", "--method", "ddg", "--set", "processes=true", "--data", "folder:/nowhere", code=2)
+    assert error.startswith("error: stage "), error
+    assert "/nowhere" in error, error
+    assert "Traceback" not in error, error
+    assert len(error.strip().splitlines()) == 1, error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

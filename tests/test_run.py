@@ -294,6 +294,14 @@ def test_records_refuse_what_they_do_not_know(tmp_path):
     assert config_key({"a": 1, "b": 2}) == config_key({"b": 2, "a": 1})
 
 
+def test_a_clock_that_is_set_back_does_not_end_a_run_before_its_start():
+    run = Run(RunConfig(Task("synthetic", "mlp", {"n": 60}), Recipe(epochs=1)))
+    run.started_at = "2999-01-01T00:00:00+00:00"  # the clock was right then, and has gone back since
+    run.train_epoch()
+    end = run.end()
+    assert "2999-01-01T00:00:00" <= end.ended_at < "2999-01-01T00:10:00", f"ended at {end.ended_at}"
+
+
 def test_given_data_is_used():
     data = load_dataset("synthetic", device="cpu", n=60)
     run = Run(RunConfig(Task("synthetic", "mlp"), Recipe(epochs=1)), data=data)

@@ -96,6 +96,24 @@ def test_metrics_are_few_finite_and_have_the_values_of_the_records(tmp_path, uri
     assert cell.data.params["method.drop_rate"] == str(0.1), f"the cell's setting is {cell.data.params}"
 
 
+def test_a_server_that_dies_between_numbers_and_status_leaves_nothing_running(tmp_path, uri, sweep, monkeypatch):
+    path, dead, real = whole(tmp_path, sweep), [], MlflowClient.set_terminated
+
+    def dies(client, run_id, *rest):
+        if run_id not in dead:
+            dead.append(run_id)
+            raise OSError("the server is gone")
+        return real(client, run_id, *rest)
+
+    monkeypatch.setattr(MlflowClient, "set_terminated", dies)
+    mirror = MlflowMirror(path, uri)
+    while try_sync(mirror, final=True):
+        assert len(dead) < 100, "it never ends"
+    found, _ = runs_of(uri, sweep[0].sweep.name)
+    assert {run.info.status for run in found} == {"FINISHED"}, f"{[(r.info.run_name, r.info.status) for r in found]}"
+    assert {run.info.run_id for run in found} == set(dead), "not every run's status was lost once"
+
+
 def test_syncing_again_changes_nothing(tmp_path, uri, sweep):
     path = whole(tmp_path, sweep)
     mirror = MlflowMirror(path, uri)

@@ -1,5 +1,6 @@
 """The plan of a sweep: chosen settings and measured blocks."""
 
+import os
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 from fastbp import LayerDropBack
 from fastbp.nets import make_model
 from sweep_files import TOY, ended, plan_of
-from sweeps.drive import newest_checkpoint, open_ledger
+from sweeps.drive import open_ledger, saved_states
 from sweeps.ledger import Ledger, config_of
 from sweeps.source import SweepError
 
@@ -118,14 +119,13 @@ def test_a_folder_of_another_sweep_is_refused_with_the_way_out(tmp_path):
         open_ledger(changed, tmp_path / "out")
 
 
-def test_the_newest_checkpoint_of_a_run_is_found(tmp_path):
-    assert newest_checkpoint(str(tmp_path), "abc") is None
-    for name in ("abc-0/checkpoint_000000", "abc-0/checkpoint_000001", "abcd-0/checkpoint_000009"):
+def test_the_saved_states_of_a_run_are_found_newest_first_whatever_the_clock_said(tmp_path):
+    assert saved_states(str(tmp_path), "abc") == []
+    names = ["abc-1/checkpoint_000000", "abc-0/checkpoint_000010", "abc-0/checkpoint_000009"]
+    for age, name in enumerate([*names, "abcd-2/checkpoint_000020"]):
         (tmp_path / "toy-search" / name).mkdir(parents=True)
-        (tmp_path / "toy-search" / name / "run.pt").write_text("")
-    import os
-
-    os.utime(tmp_path / "toy-search" / "abc-0" / "checkpoint_000000" / "run.pt", ns=(1, 1))
-    found = newest_checkpoint(str(tmp_path), "abc")
-    assert found is not None
-    assert found.endswith("abc-0/checkpoint_000001/run.pt"), f"found {found}"
+        file = tmp_path / "toy-search" / name / "run.pt"
+        file.write_text("")
+        os.utime(file, (age, age))  # the newest has the oldest date
+    found = saved_states(str(tmp_path), "abc")
+    assert found == [str(tmp_path / "toy-search" / name / "run.pt") for name in names], f"found {found}"

@@ -1,7 +1,9 @@
 """MethodTrainable: Tune's own save-and-restore check, exact resuming, and whose seconds are whose."""
 
 import dataclasses
+import pickle
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,12 +74,45 @@ def test_resuming_changes_no_number(trainable, tmp_path, method):
     first = trainable(config_of(method))
     results = [first.step() for _ in range(3)]
     first.save_checkpoint(str(tmp_path))
-    second = trainable(config_of(method, checkpoint=str(tmp_path / "run.pt")))
+    second = trainable(config_of(method, checkpoints=[str(tmp_path / "run.pt")]))
     results += [second.step() for _ in range(3)]
     assert numbers(results) == numbers(expected), "a resumed run has other numbers"
     assert results[-1]["end"]["resumed"] is True, "a resumed run does not say so"
     for name, value in whole.run.estimator.model.state_dict().items():
         assert torch.equal(value, second.run.estimator.model.state_dict()[name]), f"{name} differs after resuming"
+
+
+def test_a_torn_and_a_poisoned_state_give_way_to_an_older_one(trainable, tmp_path):
+    one, states = trainable(config_of()), []
+    for name in ("old", "torn"):
+        one.step()
+        (tmp_path / name).mkdir()
+        one.save_checkpoint(str(tmp_path / name))
+        states.insert(0, tmp_path / name / "run.pt")
+    torn = states[0].read_bytes()
+    states[0].write_bytes(torn[: len(torn) // 2])  # as a process leaves it that is killed while it copies
+    (tmp_path / "bad").mkdir()
+    states.insert(0, tmp_path / "bad" / "run.pt")
+    states[0].write_bytes(pickle.dumps(Poison(tmp_path / "executed"), protocol=2))
+    second = trainable(config_of(attempt=1, checkpoints=[str(path) for path in states]))
+    assert not (tmp_path / "executed").exists(), "a pickle was executed"
+    assert (second.run.epoch, second.run.resumed) == (1, True), f"epoch {second.run.epoch}"
+    reason = second.step()["start"]["reason"]
+    assert reason.startswith(f"saved state unusable: {states[0]} (UnpicklingError: "), reason
+    assert reason.endswith("; it continues from epoch 1"), reason
+    third = trainable(config_of(attempt=1, checkpoints=[str(path) for path in states[:2]]))
+    assert (third.run.epoch, third.run.resumed) == (0, False)
+    assert third.step()["start"]["reason"].endswith("; it starts anew")
+
+
+class Poison:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
 
 
 def test_waiting_between_steps_is_report_blocked_and_not_training(trainable, tmp_path):

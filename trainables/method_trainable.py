@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from ray import tune
+from ray.util import get_current_placement_group
 
+from fastbp.record import RunRecord
 from fastbp.run import Run, RunConfig
+from fastbp.staged import StagedRun, stages
+from trainables.free_device import busy_remark, wait_until_free
+from trainables.stage_actors import RayWorkers
 
 STATE_FILE = "run.pt"
 
@@ -20,10 +27,12 @@ STATE_FILE = "run.pt"
 class MethodTrainable(tune.Trainable):
     """Trains `config["run"]`, a `RunConfig` dictionary.
 
-    Further keys: `exclusive` (alone on its device), `threads` (of torch on CPU), `device`, `attempt`, `checkpoint` (a
-    saved state to continue from), `cwd` (the folder that relative data paths start from), `sys_path` (where the driver
-    finds modules), `git_commit`, `git_dirty`. Every result has `record` (an EpochRecord), the first one also `start`
-    and the last one `end` (RunRecords). What Tune does between two steps is counted as report_blocked.
+    Further keys: `exclusive` (alone on its device), `threads` (of torch on CPU), `device`, `attempt`, `checkpoints`
+    (saved states to continue from, the first that can be used), `cwd` (the folder that relative data paths start from),
+    `sys_path` (where the driver finds modules), `cluster` (whether records name Ray's node beside the host),
+    `git_commit`, `git_dirty`. Every result has `record` (an EpochRecord), the first one also `start` and the last one
+    `end` (RunRecords). What Tune does between two steps is counted as report_blocked.
+    Beside them stand the few values that a searcher wants to see.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -33,33 +42,58 @@ class MethodTrainable(tune.Trainable):
         if config.get("git_commit"):  # of the driver: workers may run from a copy without history
             os.environ["FASTBP_GIT_COMMIT"] = config["git_commit"]
             os.environ["FASTBP_GIT_DIRTY"] = str(int(config["git_dirty"]))
+        self._remark = ""
+        if config.get("exclusive") and stages(RunConfig.from_dict(config["run"]).method) == 1:
+            device = torch.device(device_for(config.get("device") or "cpu"))
+            wait_until_free(device)
+            self._remark = busy_remark() if device.type == "cpu" else ""
         self.run = self._new_run(config)
+        self._node = node_name(cluster=bool(config.get("cluster")))
         self._first = True
         self._returned: float | None = None  # when the last step ended; checkpoints push it on
-        if config.get("checkpoint"):
-            try:
-                self.load_checkpoint(str(Path(config["checkpoint"]).parent))
-            except Exception as error:  # a torn file, as a killed driver leaves it: from the beginning instead
-                print(f"checkpoint {config['checkpoint']} cannot be used ({error}); the run starts anew")
-                self.run = self._new_run(config)
+        self._remark = self._continue_from(config) or self._remark
 
     @staticmethod
-    def _new_run(config: dict[str, Any]) -> Run:
-        return Run(
-            RunConfig.from_dict(config["run"]),
-            device=config.get("device"),
-            threads=config.get("threads"),
-            exclusive=config.get("exclusive", False),
-            attempt=config.get("attempt", 0),
-        )
+    def _new_run(config: dict[str, Any]) -> Run | StagedRun:
+        """The run in this process, or where the method says so its modules in actors of the trial's placement group."""
+        run = RunConfig.from_dict(config["run"])
+        options = {name: config[name] for name in ("threads", "exclusive", "attempt") if name in config}
+        count = stages(run.method)
+        if count == 1:
+            return Run(run, device=device_for(config["device"]) if config.get("device") else None, **options)
+        if options.get("threads"):
+            options["threads"] = max(1, options["threads"] // count)
+        workers = RayWorkers(run, options | {"device": config.get("device")}, get_current_placement_group())
+        return StagedRun(run, workers, config.get("threads"))
+
+    def _continue_from(self, config: dict[str, Any]) -> str:
+        """Load the first saved state that can be used; returns what to say about those that cannot.
+
+        A killed process leaves torn files, and a file may hold anything: nothing but tensors and plain values is read.
+        """
+        unusable = []
+        for path in config.get("checkpoints", ()):
+            try:
+                self.load_checkpoint(str(Path(path).parent))
+                break
+            except Exception as error:
+                first = str(error).strip().partition("\n")[0].partition(". ")[0]
+                unusable.append(f"{path} ({type(error).__name__}: {first[:120]})")
+                self.cleanup()
+                self.run = self._new_run(config)
+        if not unusable:
+            return ""
+        then = f"it continues from epoch {self.run.epoch}" if self.run.epoch else "it starts anew"
+        return f"saved state unusable: {'; '.join(unusable)}; {then}"
 
     def step(self) -> dict[str, Any]:
         if self._returned is not None:
             self.run.clock.add("report_blocked", time.perf_counter() - self._returned)
-        start = dataclasses.asdict(self.run.start_record()) if self._first else None
+        start = self._as_dict(self.run.start_record()) | {"reason": self._remark} if self._first else None
         record = self.run.train_epoch()
         result: dict[str, Any] = {
             "record": dataclasses.asdict(record),
+            "record/flops_executed": record.flops_executed,
             "val_accuracy": record.val_accuracy,
             "train_seconds": record.train_seconds,
             "done": self.run.done,
@@ -67,7 +101,8 @@ class MethodTrainable(tune.Trainable):
         if start:
             result["start"] = start
         if self.run.done:
-            result["end"] = dataclasses.asdict(self.run.end())
+            result["end"] = self._as_dict(self.run.end())
+            result["end/status"] = self.run.status
         self._first = False
         self._returned = time.perf_counter()
         return result
@@ -87,10 +122,46 @@ class MethodTrainable(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Start another run in the same process, once the memory of the last one is free."""
+        self.cleanup()
         del self.run
         self.setup(new_config)
         return True
 
+    def cleanup(self) -> None:
+        """End the actors of a staged run."""
+        run = getattr(self, "run", None)
+        if isinstance(run, StagedRun):
+            run.close()
+
+    def _as_dict(self, record: RunRecord) -> dict[str, Any]:
+        out = dataclasses.asdict(record)
+        out["device"]["node"] = self._node
+        return out
+
     def _exclude(self, began: float) -> None:
         if self._returned is not None:
             self._returned += time.perf_counter() - began
+
+
+def device_for(wanted: str) -> str:
+    """The torch device of a trial that was given a device of this kind.
+
+    Raises:
+        RuntimeError: Ray gave the trial a GPU that torch cannot use. With FASTBP_FAKE_GPU=1 in the environment the CPU
+            stands for it: for tests of scheduling on machines without one.
+    """
+    if wanted != "cuda" or torch.cuda.is_available():
+        return wanted
+    if os.environ.get("FASTBP_FAKE_GPU") == "1":
+        return "cpu"
+    raise RuntimeError(
+        f"Ray gave this run a GPU of node {platform.node()}, but torch {torch.__version__} there sees none: install "
+        "there a CUDA build of torch and a driver that fits it, or set `gpus: 0`"
+    )
+
+
+def node_name(*, cluster: bool) -> str:
+    """The host name; on a cluster with the start of Ray's node id, which tells two nodes of one host apart."""
+    if not cluster:
+        return platform.node()
+    return f"{platform.node()}/{ray.get_runtime_context().get_node_id()[:8]}"

@@ -5,10 +5,12 @@ Idea        Cut the net into K modules. In a step, the new batch goes forward th
 Exact when  modules = 1.
 Needs       Chain, nn.Sequential, or a model that `as_chain` can see into; no weight shared across a cut. Leaf.
 Cost        On one device: backprop's time; a module that is d steps late holds d+1 batches' activations (and weights,
-            `stash`). The parallel speed-up needs a device per module.
+            `stash`). Side by side, on `devices` or in `processes`: the slowest module's forward and backward per batch,
+            so `split` by measured time is the default there.
 Departs     `stash` (default) differentiates at the weights of the batch, as the paper's formula says; the authors' code
             used the current ones in part (`mixed`). `replay` recomputes the forward (features replay). Dropout is
-            seeded by (module, step). A module that has nothing to apply yet takes no step at all.
+            seeded by (module, step). A module that has nothing to apply yet takes no step at all. A module asks for its
+            error signal when it needs it, not when it is made: same numbers, and forward passes overlap too.
 Not for     Speed on one device; momentum 0.9 at backprop's learning rate: the delay shrinks the stable step (from
             1.36 to 0.25 over the curvature for Nesterov momentum at delay 1), so refit the learning rate per K;
             `mixed` under autocast, where the saved casts turn it into `stash`.
@@ -17,21 +19,22 @@ Reference   Huo, Gu, Yang, Huang (ICML 2018), arXiv:1804.10574.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.func import functional_call
+from torch.nn.functional import cosine_similarity
 
-from fastbp.knobs import Choice, IntRange, require
-from fastbp.method import GradientEstimator, LossFn, Method
-from fastbp.seeding import seeded
+from fastbp.delayed import DelayedModule, InFlight
+from fastbp.knobs import Choice, IntRange, Uniform, nearest, require
+from fastbp.links import Carried, Carrier
+from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method, nest, parts
+from fastbp.split import SPLITS, best_cuts, even_cuts, measure, module_bytes, pieces, table, tied_cuts
 from fastbp.views import as_chain
 
 _WEIGHTS = ("stash", "mixed", "replay")
@@ -43,212 +46,324 @@ class DDG(Method):
     """Decoupled parallel backpropagation with delayed gradients (arXiv:1804.10574, algorithm 1).
 
     Attributes:
-        modules: number K of modules, cut into equal numbers of blocks; module k = 0..K-1 is K-1-k steps late.
+        modules: number K of modules; module k = 0..K-1 is K-1-k steps late.
         weights: what a delayed backward uses. `stash`: activations and weights of its batch (the paper's formula).
             `mixed`: its activations, current weights (the authors' code). `replay`: its input, current weights.
         drain: when the batches in flight are worked off, by K-1 steps without a new batch: `never` (the authors' code),
             after every `epoch`, or at the `end` of training.
-        devices: reserved for one device per module; None runs all modules in place, with the same numbers.
+        split: how the blocks are dealt out: equal `time` (measured on a batch), `flops`, `parameters` or numbers of
+            `blocks`; `auto` is time where the modules run side by side, else blocks, which no measurement can change.
+        cuts: the first block of every module but the first, instead of `split`.
+        max_memory_bytes: of any module, as counted by `fastbp.split.module_bytes`; cuts that need more are not taken.
+        devices: one torch device per module, in one process; None runs all modules where the model is.
+        processes: one process per module, in a `torch.distributed` group of K ranks that run the same loop.
+        shrink: factor on the error signal at every late module, so that module k carries shrink^(K-1-k) (FDG's beta).
+        lr_power: the learning rate of a module that is d steps late is divided by (1+d)^lr_power.
+        undelayed_epochs: epochs at the start that are plain backprop.
+        cosine_every: measure the cosine between stale and true gradient every so many steps, for which the batches in
+            flight are differentiated once more; 0: never.
     """
 
     modules: Annotated[int, IntRange(1, 4)] = 2
     weights: Annotated[str, Choice(("stash", "mixed", "replay"))] = "stash"
     drain: str = "never"
+    split: str = "auto"
+    cuts: tuple[int, ...] | None = None
+    max_memory_bytes: int | None = None
     devices: tuple[str, ...] | None = None
+    processes: bool = False
+    shrink: Annotated[float, Uniform(0.2, 1.0)] = 1.0
+    lr_power: Annotated[float, Choice((0.0, 0.25, 0.5, 1.0))] = 0.0
+    undelayed_epochs: Annotated[int, IntRange(0, 5)] = 0
+    cosine_every: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("cuts", "devices"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
         require(self, "modules", self.modules >= 1, "must be at least 1, which is backprop")
-        require(self, "weights", self.weights in _WEIGHTS, f"must be one of {', '.join(_WEIGHTS)}")
-        require(self, "drain", self.drain in _DRAINS, f"must be one of {', '.join(_DRAINS)}")
-        require(self, "devices", self.devices is None, "several devices are not supported yet; leave it None")
+        for name, valid in (("weights", _WEIGHTS), ("drain", _DRAINS), ("split", SPLITS)):
+            value = getattr(self, name)
+            require(self, name, value in valid, f"must be one of {', '.join(valid)}{nearest(value, valid)}")
+        if self.cuts is not None:
+            ok = all(isinstance(c, int) and not isinstance(c, bool) and c >= 1 for c in self.cuts)
+            rising = ok and len(set(self.cuts)) == len(self.cuts) and sorted(self.cuts) == list(self.cuts)
+            require(self, "cuts", rising, "must be rising block numbers from 1")
+            fit = len(self.cuts) == self.modules - 1 or self.modules == 1
+            require(self, "cuts", fit, f"{self.modules} modules need {self.modules - 1} cuts")
+        cap = self.max_memory_bytes
+        require(
+            self, "max_memory_bytes", cap is None or (isinstance(cap, int) and cap > 0), "must be a positive number"
+        )
+        if self.devices is not None:
+            fit = len(self.devices) == self.modules or self.modules == 1
+            require(self, "devices", fit, f"{self.modules} modules need {self.modules} devices, one each")
+            require(
+                self, "devices", not self.processes, "with `processes` every process has a device of its own; omit it"
+            )
+        require(self, "shrink", 0 < self.shrink <= 1, "must be in (0, 1]")
+        require(self, "lr_power", self.lr_power >= 0, "must not be negative")
+        require(self, "undelayed_epochs", self.undelayed_epochs >= 0, "must not be negative")
+        require(self, "cosine_every", self.cosine_every >= 0, "must not be negative; 0 is never")
+        alone = not (self.cosine_every and self.processes)
+        require(self, "cosine_every", alone, "the true gradient needs all modules in one process; set it to 0")
 
     def bind(self, model: nn.Module, loss_fn: LossFn) -> GradientEstimator:
-        return _DDG(self, model, split(model, self.modules), loss_fn)
+        cutter = Cutter(self, model, loss_fn)
+        if self.processes and self.modules > 1:
+            from fastbp.stage import StageDDG  # needs a process group
+
+            return StageDDG(self, model, cutter, loss_fn)
+        return _DDG(self, model, cutter, loss_fn)
 
     def exact(self, model: nn.Module) -> DDG:
         return replace(self, modules=1)
 
 
-def split(model: nn.Module, modules: int) -> list[nn.Sequential]:
-    """Cut a model into consecutive modules of equal numbers of blocks, the remainder to the later ones.
+def in_place(method: Method) -> Method:
+    """The same combination with all modules of a DDG in this process, where the model is: same numbers."""
+    return nest(
+        replace(part, devices=None, processes=False) if isinstance(part, DDG) else part for part in parts(method)
+    )
 
-    The stem belongs to the first module and the head to the last.
+
+class Cutter:
+    """Deals the blocks of one model out to modules.
+
+    Attributes:
+        cuts: once decided.
+        rows: the table of `fastbp.split.table`, where costs were measured.
 
     Raises:
         TypeError: `as_chain` cannot see into the model, or a weight is shared across a cut.
         ValueError: more modules than blocks.
     """
-    chain = as_chain(model)
-    blocks = list(chain.blocks)
-    if modules > len(blocks):
-        raise ValueError(
-            f"DDG.modules = {modules}: this {type(model).__name__} has {len(blocks)} blocks; use at most that many"
-        )
-    edges = [k * len(blocks) // modules for k in range(modules + 1)]
-    groups = [blocks[start:stop] for start, stop in pairwise(edges)]
-    groups[0] = [chain.stem, *groups[0]]
-    groups[-1] = [*groups[-1], chain.head]
-    owner: dict[int, int] = {}
-    for k, group in enumerate(groups):
-        for part in group:
-            for name, parameter in part.named_parameters():
-                if owner.setdefault(id(parameter), k) != k:
-                    raise TypeError(
-                        f"DDG: weight {name} is shared by modules {owner[id(parameter)]} and {k}; its gradients would "
-                        "come from different batches. Untie it or use fewer modules"
-                    )
-    return [nn.Sequential(*group) for group in groups]
 
+    def __init__(self, method: DDG, model: nn.Module, loss_fn: LossFn) -> None:
+        self.method, self.loss_fn = method, loss_fn
+        self.parts = pieces(as_chain(model))
+        self.tied = tied_cuts(self.parts)
+        self.cuts: tuple[int, ...] | None = None
+        self.rows: list[dict[str, float]] = []
+        self.copy: nn.Module | None = None
+        blocks, kind = len(self.parts), type(model).__name__
+        if method.modules > blocks:
+            raise ValueError(f"DDG.modules = {method.modules}: this {kind} has {blocks} blocks; use at most that many")
+        if method.cuts and method.cuts[-1] >= blocks and method.modules > 1:
+            raise ValueError(f"DDG.cuts = {method.cuts!r}: this {kind} has {blocks} blocks; the last cut is below that")
+        self.split = method.split
+        if self.split == "auto":
+            self.split = "time" if method.processes or method.devices else "blocks"
+        if method.modules == 1:
+            self.decide(())
+        elif method.cuts:
+            self.decide(method.cuts)
+        elif method.max_memory_bytes is None and self.split == "blocks":
+            self.decide(even_cuts(blocks, method.modules))
+        elif method.max_memory_bytes is None and self.split == "parameters":
+            self.decide(self._best([float(sum(p.numel() for p in part.parameters())) for part in self.parts]))
+        else:
+            self.copy = copy.deepcopy(model)  # as it is before anybody wraps it
 
-@dataclass
-class _Entry:
-    """One batch in flight in one module."""
+    def measure(self, x: Tensor, y: Tensor) -> None:
+        """Decide by measured costs of one batch, unless it is decided."""
+        if self.cuts is not None:
+            return
+        assert self.copy is not None
+        costs = measure(self.copy, self.loss_fn, x, y, timed=self.split == "time")
+        self.copy = None
+        method = self.method
+        again = 1.0 if method.weights == "replay" else 0.0  # a late module of replay runs its forward twice
+        values = {
+            "time": [c.seconds + again * c.forward_seconds for c in costs],
+            "flops": [c.flops for c in costs],
+            "parameters": [float(c.parameter_bytes) for c in costs],
+            "blocks": [1.0] * len(costs),
+        }[self.split]
+        cap = method.max_memory_bytes
 
-    step: int
-    x: Tensor  # the module's input, a leaf
-    wants_grad: dict[str, bool]  # of the parameters, at this batch's forward
-    leaves: dict[str, Tensor] = field(default_factory=dict)  # the parameters its graph was recorded with
-    buffers: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # stash: the buffers then; those replaced since live on here
-    y: Tensor | None = None  # output with graph; None for replay
-    saved: list[Tensor] = field(default_factory=list)  # mixed: what autograd saved, in order
+        def fits(k: int, start: int, stop: int) -> bool:
+            return cap is None or module_bytes(costs, method.modules, method.weights, k, start, stop) <= cap
 
+        self.decide(self._best(values, fits))
+        assert self.cuts is not None
+        self.rows = table(costs, self.cuts, method.weights)
 
-class _Module:
-    """Module k of K with its queue of batches in flight."""
+    def decide(self, cuts: Sequence[int]) -> None:
+        """Take these cuts.
 
-    def __init__(self, k: int, net: nn.Sequential, method: DDG, seed: int, device: torch.device) -> None:
-        self.k, self.delay, self.net, self.seed = k, method.modules - 1 - k, net, seed
-        self.mode = method.weights if self.delay else "now"
-        self.counted = method.modules > 1  # seed dropout by (module, step); one module is plain backprop
-        self.parameters: dict[str, nn.Parameter] = {}  # read when first used: an outer method may rename them
-        self.device = device
-        self.queue: deque[_Entry] = deque()
-
-    def forward(self, step: int, x: Tensor) -> Tensor:
-        """Send a batch forward with today's weights and queue it; returns the output, detached unless k = K-1."""
-        self._see_parameters()
-        x = x.detach()
-        entry = _Entry(step, x, {name: p.requires_grad for name, p in self.parameters.items()})
-        if self.k > 0:
-            x.requires_grad_()
-        self.queue.append(entry)
-        if self.mode == "replay":
-            with self._seeded(step), torch.no_grad():
-                return self.net(x)
-        entry.leaves = self._leaves(entry, self.parameters)
-        if self.mode == "stash":
-            entry.buffers = dict(self.net.named_buffers())
-        entry.y = self._record(entry)
-        return entry.y if self.delay == 0 else entry.y.detach()
-
-    def backward(self, entry: _Entry, delta: Tensor | None) -> Tensor | None:
-        """Differentiate a queued batch: adds to the parameters' gradients, returns the gradient of the input."""
-        if entry.y is None:  # replay
-            entry.leaves = self._leaves(entry, self.parameters)
-            entry.y = self._record(entry, scratch=dict(self.net.named_buffers()))
-        names = [name for name, wanted in entry.wants_grad.items() if wanted]
-        inputs = [entry.leaves[name] for name in names] + ([entry.x] if self.k > 0 else [])
-        if not entry.y.requires_grad or not inputs:
-            return None
-        grads = torch.autograd.grad(entry.y, inputs, delta, allow_unused=True)
-        for name, grad in zip(names, grads, strict=False):
-            parameter = self.parameters[name]
-            if grad is not None:
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-        return grads[-1] if self.k > 0 else None
-
-    def _see_parameters(self) -> None:
-        if not self.parameters:
-            self.parameters = dict(self.net.named_parameters())
-
-    def _leaves(self, entry: _Entry, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.mode == "now":
-            return dict(self.parameters)
-        copies = {name: v.detach().clone() if self.mode == "stash" else v.detach() for name, v in values.items()}
-        return {name: leaf.requires_grad_(entry.wants_grad[name]) for name, leaf in copies.items()}
-
-    def _record(self, entry: _Entry, scratch: dict[str, Tensor] | None = None) -> Tensor:
-        """Run the module on a queued batch with its leaves, recording the graph.
-
-        Args:
-            scratch: buffers to read instead of the module's own, which then stay untouched.
+        Raises:
+            TypeError: a weight is shared across one of them.
         """
-        tensors = {} if self.mode == "now" else dict(entry.leaves)
-        if scratch:
-            tensors |= {name: buffer.clone() for name, buffer in scratch.items()}
-        hooks = nullcontext()
-        if self.mode == "mixed":  # the backward reads what these return: aliases of weights that move on
-            saved = entry.saved  # not the entry: a graph that holds its own output is never freed
-            hooks = saved_tensors_hooks(lambda z: _append(saved, z.detach()), saved.__getitem__)
-        with self._seeded(entry.step), hooks:
-            return functional_call(self.net, tensors, (entry.x,)) if tensors else self.net(entry.x)
+        for cut in cuts:
+            if cut in self.tied:
+                raise TypeError(
+                    f"DDG: weight {self.tied[cut]} is shared across the cut before block {cut}; its gradients would "
+                    "come from different batches. Untie it, cut elsewhere or use fewer modules"
+                )
+        self.cuts = tuple(cuts)
+        self.copy = None
 
-    def _seeded(self, step: int):
-        return seeded(self.device, self._counter(step)) if self.counted else nullcontext()
+    def nets(self) -> list[nn.Sequential]:
+        """The modules."""
+        assert self.cuts is not None
+        edges = [0, *self.cuts, len(self.parts)]
+        return [nn.Sequential(*[m for part in self.parts[a:b] for m in part]) for a, b in pairwise(edges)]
 
-    def _counter(self, step: int) -> int:
-        return ((self.seed % 2**31) * 1_000_003 + step) * 4099 + self.k
-
-    def state(self) -> list[dict[str, Any]]:
-        """The batches in flight as plain tensors."""
-        out = []
-        for entry in self.queue:
-            item: dict[str, Any] = {"step": entry.step, "x": entry.x.detach(), "wants_grad": entry.wants_grad}
-            if self.mode == "stash":
-                item["leaves"] = {name: leaf.detach() for name, leaf in entry.leaves.items()}
-                item["buffers"] = {name: buffer.detach() for name, buffer in entry.buffers.items()}
-            if self.mode == "mixed":
-                item["saved"] = [self._saved_state(tensor) for tensor in entry.saved]
-            out.append(item)
-        return out
-
-    def load(self, state: list[dict[str, Any]]) -> None:
-        """Rebuild the queue, graphs included, without touching buffers or the caller's generators."""
-        self.queue.clear()
-        self._see_parameters()
-        for item in state:
-            x = item["x"].clone().requires_grad_(self.k > 0)
-            entry = _Entry(item["step"], x, dict(item["wants_grad"]))
-            if self.mode != "replay":
-                entry.leaves = self._leaves(entry, item.get("leaves", self.parameters))
-                entry.buffers = item.get("buffers", dict(self.net.named_buffers()))
-                entry.y = self._record(entry, scratch=entry.buffers)
-            if self.mode == "mixed":  # same graph, same order of saved tensors: put the old ones in
-                entry.saved[:] = [self._load_saved(tensor) for tensor in item["saved"]]
-            self.queue.append(entry)
-
-    def _saved_state(self, tensor: Tensor) -> Any:
-        for name, parameter in self.parameters.items():
-            if tensor.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
-                return [name, list(tensor.shape), list(tensor.stride()), tensor.storage_offset()]
-        return tensor
-
-    def _load_saved(self, item: Any) -> Tensor:
-        if isinstance(item, Tensor):
-            return item
-        name, shape, stride, offset = item
-        return self.parameters[name].detach().as_strided(shape, stride, offset)
+    def _best(
+        self, values: list[float], fits: Callable[[int, int, int], bool] = lambda k, a, b: True
+    ) -> tuple[int, ...]:
+        try:
+            return best_cuts(
+                values, self.method.modules, lambda k, a, b: (a == 0 or a not in self.tied) and fits(k, a, b)
+            )
+        except ValueError:
+            if self.method.max_memory_bytes is not None:
+                raise ValueError(
+                    f"DDG.max_memory_bytes = {self.method.max_memory_bytes}: no cut of {len(self.parts)} blocks into "
+                    f"{self.method.modules} modules needs so little; raise it, use weights='replay' or a smaller batch"
+                ) from None
+            raise TypeError(
+                f"DDG: weight {next(iter(self.tied.values()))} is shared by too many blocks to cut the net into "
+                f"{self.method.modules} modules; its gradients would come from different batches. Untie it"
+            ) from None
 
 
-class _DDG(GradientEstimator):
-    def __init__(self, method: DDG, model: nn.Module, nets: list[nn.Sequential], loss_fn: LossFn) -> None:
-        self.method = method
-        self.model = model
-        self.loss_fn = loss_fn
-        self.latency = len(nets) - 1
-        seed, device = torch.initial_seed(), next(model.parameters()).device
-        self.modules = [_Module(k, net, method, seed, device) for k, net in enumerate(nets)]
+class DelayedEstimator(GradientEstimator):
+    """What the executors of DDG have in common: the cut modules, the step counter, the plan.
+
+    Attributes:
+        cutter: decides the cuts, at the latest at the first batch.
+        modules: of this process; empty until the cuts are decided.
+    """
+
+    def __init__(self, method: DDG, model: nn.Module, cutter: Cutter, loss_fn: LossFn) -> None:
+        self.method, self.model, self.cutter, self.loss_fn = method, model, cutter, loss_fn
+        self.latency = method.modules - 1
+        self.seed = torch.initial_seed()
         self.step = 0
-        self.inbox: list[Tensor | None] = [None] * len(nets)  # error signals made in the previous step
+        self.modules: list[DelayedModule] = []
+
+    def own(self, k: int) -> bool:
+        """Whether module k runs in this process."""
+        return True
+
+    def cut(self) -> None:
+        """Make the modules of the decided cuts."""
+        method = self.method
+        if self.modules or self.cutter.cuts is None:
+            return
+        self.modules = [
+            DelayedModule(k, method.modules, net, method.weights, method.shrink, self.seed)
+            for k, net in enumerate(self.cutter.nets())
+            if self.own(k)
+        ]
+        self._set_delays(late=method.undelayed_epochs == 0)
+
+    def prepare(self, x: Tensor, y: Tensor) -> None:
+        self.cutter.measure(x, y)
+        self.cut()
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        power = self.method.lr_power
+        if not power or self.method.modules == 1:
+            return super().param_groups()
+        if self.cutter.cuts is None:
+            raise ValueError(
+                f"DDG.lr_power = {power}: the cuts are not decided yet; call estimator.prepare(x, y) before making the "
+                "optimizer, or give `cuts`"
+            )
+        nets = self.cutter.nets()
+        return [
+            {"params": list(net.parameters()), "lr_scale": (1.0 + len(nets) - 1 - k) ** -power}
+            for k, net in enumerate(nets)
+            if any(True for _ in net.parameters())
+        ]
+
+    def start_epoch(self, epoch: int) -> EpochPlan:
+        late = epoch >= self.method.undelayed_epochs
+        self._set_delays(late)
+        return EpochPlan(kind="" if late or self.method.modules == 1 else "undelayed")
+
+    def _set_delays(self, late: bool) -> None:
+        for module in self.modules:
+            module.delay = module.modules - 1 - module.k if late else 0
+
+    def table(self) -> list[dict[str, float]]:
+        """One row per module of what the split was decided on; empty where nothing was measured."""
+        return self.cutter.rows
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, the cuts, the error signals under way, and every batch in flight with what its backward needs."""
+        return {
+            "step": self.step,
+            "seed": self.seed,
+            "cuts": None if self.cutter.cuts is None else list(self.cutter.cuts),
+            "late": all(module.delay == module.modules - 1 - module.k for module in self.modules),
+            "inbox": self.inbox_state(),
+            "queues": [module.state() for module in self.modules],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where `state_dict` was taken; load the model's own state first."""
+        cuts = state["cuts"]
+        if cuts is not None and len(cuts) != self.method.modules - 1:
+            raise ValueError(
+                f"DDG.modules = {self.method.modules}, but the state was saved with {len(cuts) + 1}; "
+                "resume with that number"
+            )
+        self.step, self.seed = state["step"], state["seed"]
+        if cuts is not None:
+            self.cutter.decide(cuts)
+            self.modules = []
+            self.cut()
+        self._set_delays(state["late"])
+        self.load_inbox(state["inbox"])
+        for module, queue in zip(self.modules, state["queues"], strict=True):
+            module.load(queue)
+
+    def inbox_state(self) -> list[Tensor | None]:
+        raise NotImplementedError
+
+    def load_inbox(self, inbox: list[Tensor | None]) -> None:
+        raise NotImplementedError
+
+    def finalize(self) -> nn.Module:
+        for module in self.modules:
+            module.queue.clear()
+        return self.model
+
+
+class _DDG(DelayedEstimator):
+    """All modules in one process, where the model is or on one device each."""
+
+    def __init__(self, method: DDG, model: nn.Module, cutter: Cutter, loss_fn: LossFn) -> None:
+        super().__init__(method, model, cutter, loss_fn)
+        self.devices = _devices(method)
+        self.carrier = Carrier()
+        self.inbox: list[Carried | None] = [None] * method.modules  # error signals made in the previous step
+        self.labels: dict[int, tuple[Tensor, Tensor]] = {}  # batches in flight, for the true gradient
+        self.cosines: dict[int, Tensor] = {}
+        self.cut()
+
+    def cut(self) -> None:
+        if not self.modules and self.cutter.cuts is not None:
+            for net, device in zip(self.cutter.nets(), self.devices, strict=False):  # none: all stay where they are
+                net.to(device)
+        super().cut()
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
-        h = x
+        if not self.modules:
+            self.prepare(x, y)
+        if self.method.cosine_every:
+            self.labels[self.step] = (x, y)
+        h = Carried(x)
         for module in self.modules:
-            h = module.forward(self.step, h)
-        loss = self.loss_fn(h, y)
+            out = module.forward(self.step, self.carrier.carry(h.arrive(), module.device).arrive())
+            h = Carried(out)
+        loss = self.loss_fn(h.tensor, self.carrier.carry(y, self.modules[-1].device).arrive())
         self.modules[-1].queue[-1].y = loss
         self._tick()
         return loss.detach()
@@ -262,46 +377,77 @@ class _DDG(GradientEstimator):
                 yield
 
     def _tick(self) -> None:
-        """Every module differentiates the batch that is due; the signals reach the predecessors in the next step."""
-        outbox: list[Tensor | None] = [None] * len(self.modules)
-        for module in self.modules:
-            if module.queue and module.queue[0].step == self.step - module.delay:
-                delta = module.backward(module.queue.popleft(), self.inbox[module.k])
-                if module.k > 0:
-                    outbox[module.k - 1] = delta
-        self.inbox = outbox
+        """Every module differentiates the batch that is due; the signals reach the predecessors in the next step.
+
+        Without delay they are used at once, from the last module to the first.
+        """
+        outbox: list[Carried | None] = [None] * len(self.modules)
+        late, every = any(module.delay for module in self.modules), self.method.cosine_every
+        for module in self.modules if late else reversed(self.modules):
+            entry = module.due(self.step)
+            if entry is None:
+                continue
+            signal = (self.inbox if late else outbox)[module.k]
+            module.keep = bool(module.delay and every and self.step % every == 0)
+            delta = module.backward(entry, None if signal is None else signal.arrive())
+            if module.keep:
+                self.cosines[module.k] = self._cosine(module, entry)
+            if module.k > 0 and delta is not None:
+                outbox[module.k - 1] = self.carrier.carry(delta, self.modules[module.k - 1].device)
+        self.inbox = outbox if late else [None] * len(self.modules)
+        self.labels.pop(self.step - self.latency, None)
         self.step += 1
 
+    def _cosine(self, module: DelayedModule, entry: InFlight) -> Tensor:
+        """Between the gradient a late module has just got and that of the same batch at today's weights."""
+        x, y = self.labels[entry.step]
+        h, leaves = x, {}
+        for m in self.modules:
+            with torch.set_grad_enabled(m.k >= module.k):
+                h, used = m.replica(entry.step, self.carrier.carry(h, m.device).arrive())
+            leaves = used if m is module else leaves
+        loss = self.loss_fn(h, self.carrier.carry(y, self.modules[-1].device).arrive())
+        kept = {name: grad for name, grad in module.kept.items() if grad is not None}
+        true = torch.autograd.grad(loss, [leaves[name] for name in kept], allow_unused=True)
+        pairs = [(g.flatten(), t.flatten()) for g, t in zip(kept.values(), true, strict=True) if t is not None]
+        module.kept = {}
+        stale, now = (torch.cat(side) for side in zip(*pairs, strict=True))
+        return cosine_similarity(stale, now, dim=0)
+
+    @contextmanager
+    def whole(self) -> Iterator[nn.Module]:
+        home = [
+            (tensor, tensor.data)
+            for tensor in (*self.model.parameters(), *self.model.buffers())
+            if self.devices and tensor.device != self.devices[0]
+        ]
+        for tensor, data in home:
+            tensor.data = data.to(self.devices[0])
+        try:
+            yield self.model
+        finally:
+            for tensor, data in home:  # the very storage: what is in flight may alias it
+                tensor.data = data
+
     def metrics(self) -> dict[str, float]:
-        return {"ddg/batches_in_flight": float(len(self.modules[0].queue))}
+        flight = float(len(self.modules[0].queue)) if self.modules else 0.0
+        cosines = {f"ddg/cosine_{k}": value.item() for k, value in sorted(self.cosines.items())}
+        return {"ddg/batches_in_flight": flight} | cosines
 
-    def state_dict(self) -> dict[str, Any]:
-        """The step, the error signals under way, and every batch in flight with what its backward needs."""
-        return {
-            "step": self.step,
-            "seed": self.modules[0].seed,
-            "inbox": list(self.inbox),
-            "queues": [module.state() for module in self.modules],
-        }
+    def inbox_state(self) -> list[Tensor | None]:
+        return [None if signal is None else signal.arrive() for signal in self.inbox]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken; load the model's own state first."""
-        if len(state["queues"]) != len(self.modules):
-            raise ValueError(
-                f"DDG.modules = {len(self.modules)}, but the state was saved with {len(state['queues'])}; "
-                "resume with that number"
-            )
-        self.step, self.inbox = state["step"], list(state["inbox"])
-        for module, queue in zip(self.modules, state["queues"], strict=True):
-            module.seed = state["seed"]
-            module.load(queue)
+    def load_inbox(self, inbox: list[Tensor | None]) -> None:
+        places = [module.device for module in self.modules]
+        self.inbox = [
+            None if signal is None else Carried(signal.to(place)) for signal, place in zip(inbox, places, strict=False)
+        ] or [None] * self.method.modules
 
     def finalize(self) -> nn.Module:
-        for module in self.modules:
-            module.queue.clear()
-        return self.model
+        if self.devices:
+            self.model.to(self.devices[0])
+        return super().finalize()
 
 
-def _append(items: list[Tensor], item: Tensor) -> int:
-    items.append(item)
-    return len(items) - 1
+def _devices(method: DDG) -> tuple[torch.device, ...]:
+    return tuple(torch.device(name) for name in (method.devices or ())[: method.modules])

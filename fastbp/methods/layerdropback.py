@@ -19,6 +19,7 @@ Reference   Hershkovitch Neiterman, Ben-Artzi (2024), arXiv:2412.18027.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -93,6 +94,10 @@ class LayerDropBack(Method):
     def is_dropping(self, epoch: int) -> bool:
         """Whether the 0-based epoch drops: a positive multiple of `every_epochs`."""
         return epoch > 0 and epoch % self.every_epochs == 0
+
+    @property
+    def epoch_period(self) -> int:
+        return math.lcm(self.every_epochs, super().epoch_period)
 
     @property
     def lr_scale(self) -> float:

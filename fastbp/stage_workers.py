@@ -1,0 +1,194 @@
+"""The processes of a staged run: what each of them does, and K of them on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastbp.record import EpochRecord, RunRecord
+from fastbp.run import Run, RunConfig
+
+TIMEOUT_SECONDS = 300.0  # how long a rank waits for a neighbour's tensor before it gives up
+
+
+class StageError(RuntimeError):
+    """A process of a staged run failed, died or fell silent."""
+
+
+class StageWorker:
+    """One rank: a process group's member with a `Run`.
+
+    Args:
+        rank, ranks: of this process in the group.
+        init_method: a `file://` or `tcp://` address that all ranks share.
+        config: as `RunConfig.to_dict`.
+        options: of `Run`.
+        timeout: seconds to wait for a neighbour.
+    """
+
+    def __init__(
+        self, rank: int, ranks: int, init_method: str, config: dict[str, Any], options: dict[str, Any], timeout: float
+    ) -> None:
+        device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "cuda":
+            device = torch.device("cuda", rank % torch.cuda.device_count() if device.index is None else device.index)
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            init_method=init_method,
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=timeout),
+        )
+        options["device"] = device
+        self.run = Run(RunConfig.from_dict(config), **options)
+
+    def start_record(self) -> RunRecord:
+        return self.run.start_record()
+
+    def train_epoch(self) -> tuple[EpochRecord, bool]:
+        """The record of the next epoch, and whether it was the last."""
+        return self.run.train_epoch(), self.run.done
+
+    def end(self, status: Any, reason: str) -> RunRecord:
+        return self.run.end(status, reason)
+
+    def apply(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(run, *args)` in this process."""
+        return function(self.run, *args)
+
+    def state_dict(self) -> bytes:
+        """As a file's bytes: tensors that travel as such would share memory with those that are trained."""
+        with self.run.clock.segment("checkpoint"):
+            return saved_bytes(self.run.state_dict())
+
+    def load_state_dict(self, state: bytes) -> tuple[int, bool]:
+        """Returns the epochs done, and whether that is all."""
+        with self.run.clock.segment("checkpoint"):
+            self.run.load_state_dict(loaded_bytes(state, self.run.device))
+        return self.run.epoch, self.run.done
+
+    def add_seconds(self, segment: str, seconds: float) -> None:
+        self.run.clock.add(segment, seconds)
+
+    def table(self) -> list[dict[str, float]]:
+        return self.run.split_table()
+
+    def close(self) -> None:
+        dist.destroy_process_group()
+
+
+def saved_bytes(state: dict[str, Any]) -> bytes:
+    """A state as `torch.save` writes it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+def loaded_bytes(state: bytes, device: torch.device) -> dict[str, Any]:
+    """The inverse of `saved_bytes`; reads nothing but tensors and plain values."""
+    return torch.load(io.BytesIO(state), weights_only=True, map_location=device)
+
+
+class LocalWorkers:
+    """One process per rank on this machine, bound to the loopback interface.
+
+    Args:
+        ranks: how many.
+        config: of the run.
+        options: of `Run`.
+        timeout: seconds a rank waits for a neighbour.
+    """
+
+    def __init__(
+        self, ranks: int, config: RunConfig, options: dict[str, Any], timeout: float = TIMEOUT_SECONDS
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="fastbp-")
+        address = f"file://{Path(self._folder.name) / 'group'}"
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Any] = []
+        self._processes = []
+        for rank in range(ranks):
+            ours, theirs = context.Pipe()
+            args = (theirs, rank, ranks, address, config.to_dict(), options, timeout)
+            process = context.Process(target=_serve, args=args, daemon=True, name=f"fastbp-stage-{rank}")
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+        self._gather()  # all are up, or one says why not
+
+    def call(self, name: str, *args: Sequence[Any]) -> list[Any]:
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send((name, [arg[rank] for arg in args]))
+            except OSError:
+                self._fail(f"stage {rank} is gone (exit code {self._processes[rank].exitcode})")
+        return self._gather()
+
+    def _gather(self) -> list[Any]:
+        """One answer of every rank; the first failure ends them all."""
+        answers: dict[int, Any] = {}
+        while len(answers) < len(self._pipes):
+            waiting: dict[Any, int] = {self._pipes[r]: r for r in range(len(self._pipes)) if r not in answers}
+            ends: dict[Any, int] = {self._processes[r].sentinel: r for r in waiting.values()}
+            ready = wait([*waiting, *ends])
+            for item in [i for i in ready if i in waiting] or ready:
+                rank = waiting[item] if item in waiting else ends[item]
+                try:
+                    ok, answer = self._pipes[rank].recv() if item in waiting else (False, None)
+                except (EOFError, OSError):
+                    ok, answer = False, None
+                if not ok:
+                    code = self._processes[rank].exitcode
+                    self._fail(f"stage {rank} failed: {answer}" if answer else f"stage {rank} died (exit code {code})")
+                answers[rank] = answer
+        return [answers[rank] for rank in range(len(self._pipes))]
+
+    def _fail(self, sentence: str) -> None:
+        self.close(gracefully=False)
+        raise StageError(f"{sentence}; all stages were ended, start again from the last checkpoint")
+
+    def close(self, *, gracefully: bool = True) -> None:
+        """End all processes."""
+        if gracefully and all(process.is_alive() for process in self._processes):
+            with contextlib.suppress(StageError):
+                self.call("close")
+        for process in self._processes:
+            process.join(0.2 if not gracefully else 5.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._folder.cleanup()
+
+
+def _serve(pipe: Connection, *args: Any) -> None:
+    """What a local worker runs: answers calls until the pipe closes."""
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    answer: Callable[[bool, Any], None] = lambda ok, value: pipe.send((ok, value))  # noqa: E731
+    try:
+        worker = StageWorker(*args)
+        answer(True, None)
+        while True:
+            name, arguments = pipe.recv()
+            answer(True, getattr(worker, name)(*arguments))
+            if name == "close":
+                return
+    except (EOFError, KeyboardInterrupt, BrokenPipeError):
+        return
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            answer(False, f"{type(error).__name__}: {error}")

@@ -1,0 +1,47 @@
+"""The DDG benchmark at a small size: that it measures what it says; and that modules overlap as the formula has it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
+
+
+@pytest.mark.slow
+def test_sleeping_modules_take_as_long_as_the_slowest(monkeypatch):  # T20
+    """Receiving the error signal early would take 160 ms per batch, a barrier after the forwards the same."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from naps import predicted, seconds_per_batch
+
+    milliseconds = [(40, 80), (40, 80)]
+    want = predicted(milliseconds)
+    assert want == pytest.approx({"lazy": 0.12, "eager": 0.16, "barrier": 0.16})
+    ratios = []
+    for _ in range(3):  # a busy machine wakes sleepers late
+        ratios.append(seconds_per_batch(milliseconds, 8) / want["lazy"])
+        if ratios[-1] < 1.2:
+            break
+    assert min(ratios) < 1.2, f"time per batch over that of the slowest module: {ratios}"
+    assert min(ratios) > 0.99, f"faster than its slowest module: {ratios}"
+
+
+@pytest.mark.slow
+def test_the_benchmark_times_every_candidate_and_counts_memory(tmp_path):
+    out = tmp_path / "ddg_speed.json"
+    command = [sys.executable, "benchmarks/ddg_speed.py", "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["quick"] is True
+    names = [row["name"] for row in found["rows"]]
+    for words in ("DDG, K = 2", "backprop, one thread", "1F1B", "data parallel"):
+        assert any(words in name for name in names), f"{words} is not among {names}"
+    assert all(row["low"] <= row["ddg_throughput"] <= row["high"] for row in found["rows"]), found["rows"]
+    assert found["rows"][0]["ddg_throughput"] == 1.0, "DDG over itself"
+    for row in found["memory"]:
+        assert 0.85 < row["ratio"] < 1.02, f"{row['name']}, module {row['module']}: {row['bytes']} bytes, {row}"

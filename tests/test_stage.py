@@ -1,0 +1,168 @@
+"""One process per module against the simulator, bit for bit; what happens when a process fails."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastbp import DDG
+from fastbp.record import EpochRecord, RunRecord
+from fastbp.run import Recipe, Run, RunConfig, Task
+from fastbp.stage_workers import LocalWorkers, StageError
+from fastbp.staged import StagedRun, merged, open_run, stages
+from stage_ranks import cases, data, train
+from test_ddg import conv_net, cross_entropy
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
+RANKS = 4
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What every rank got in every case: rank -> name -> (losses, state dict of the whole model)."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("stage_ranks.py")
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(script.parent)}
+    processes = [
+        subprocess.Popen([sys.executable, str(script), str(rank), str(folder)], env=env, stderr=subprocess.PIPE)
+        for rank in range(RANKS)
+    ]
+    errors = [process.communicate(timeout=240)[1].decode() for process in processes]
+    assert not any(process.returncode for process in processes), "\n".join(errors)
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases())
+def test_processes_equal_the_simulator_to_the_bit(ranks, name, tmp_path):  # T3, T11, T15, T17
+    method, kind, _ = cases()[name]
+    want_losses, want = train(method, kind, None, data())
+    for rank, results in enumerate(ranks):
+        if name not in results:
+            continue
+        losses, state = results[name]
+        assert torch.equal(losses, want_losses), f"rank {rank}: losses {losses}, the simulator's {want_losses}"
+        different = [key for key, value in want.items() if not torch.equal(state[key], value)]
+        assert not different, f"rank {rank}: {different} differ from the simulator's"
+
+
+def config(**settings):
+    return RunConfig(Task(data_args={"limit": 192}), Recipe(epochs=3), DDG(**{"modules": 2, "cuts": (2,)} | settings))
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    """The records of the same run in one process."""
+    torch.set_num_threads(1)
+    run = Run(config(), device="cpu", threads=1)
+    return [run.train_epoch() for _ in range(3)], run.end()
+
+
+@pytest.mark.slow
+def test_a_staged_run_has_the_records_of_one_process_and_resumes_exactly(one_process):
+    epochs, end = one_process
+    run = open_run(config(processes=True), device="cpu", threads=1)
+    assert isinstance(run, StagedRun)
+    start = run.start_record()
+    assert (start.workers, start.status) == (2, "running")
+    got = [run.train_epoch(), run.train_epoch()]
+    state = run.state_dict()
+    run.clock.add("report_blocked", 5.0)
+    got.append(run.train_epoch())
+    assert got[-1].report_blocked_seconds >= 5.0, "what happens outside the workers is not counted"
+    last = run.end()
+    assert run.done
+    assert run.state_dict()["ranks"][1]["epoch"] == 3, "a run that ended can still be saved"
+    run.close()
+    same = ("examples", "steps", "train_loss", "val_accuracy", "val_loss", "test_accuracy", "flops_executed", "lr")
+    for ours, theirs in zip(got, epochs, strict=True):
+        different = {name: (getattr(ours, name), getattr(theirs, name)) for name in same}
+        different = {name: pair for name, pair in different.items() if pair[0] != pair[1]}
+        assert not different, f"epoch {ours.epoch}: staged and in one process {different}"
+    assert last.test_accuracy == end.test_accuracy
+    assert last.train_seconds > 0
+
+    again = open_run(config(processes=True), device="cpu", threads=1, attempt=1)
+    again.load_state_dict(state)
+    epoch = again.train_epoch()
+    assert (epoch.epoch, epoch.train_loss, epoch.test_accuracy) == (2, epochs[2].train_loss, epochs[2].test_accuracy)
+    assert again.end().resumed
+    again.close()
+
+
+@pytest.mark.slow
+def test_a_dead_stage_fails_the_run_and_leaves_no_process():
+    run = open_run(config(processes=True), device="cpu", threads=1)
+    workers = run.workers
+    assert isinstance(workers, LocalWorkers)
+    run.start_record()
+    run.train_epoch()
+    processes = list(workers._processes)
+    os.kill(processes[1].pid, signal.SIGKILL)
+    with pytest.raises(
+        StageError, match=r"^stage \d (died|failed|is gone).*all stages were ended, start again from the"
+    ):
+        run.train_epoch()
+    alive = [process.name for process in processes if process.is_alive()]
+    assert not alive, f"still running: {alive}"
+    record = run.end("failed", "a stage died")
+    got = (record.status, record.reason, record.epochs_done, record.workers)
+    assert got == ("failed", "a stage died", 1, 2), f"the record of what was trained: {got}"
+    assert record.examples > 0
+    assert record.ended_at
+
+
+def test_a_stage_that_cannot_start_says_why():
+    wrong = dataclasses.replace(config(processes=True), task=Task(data="folder:/no/such/folder"))
+    with pytest.raises(StageError, match=r"^stage \d failed: .*no/such/folder"):
+        open_run(wrong, device="cpu", threads=1)
+
+
+def test_without_a_group_the_user_is_told_what_to_do():
+    with pytest.raises(ValueError, match=r"^DDG\.processes = True: needs a torch\.distributed group of 2 ranks"):
+        DDG(processes=True).bind(conv_net(), cross_entropy)
+
+
+def test_stages_of_a_method():
+    assert [stages(DDG(modules=3)), stages(DDG(modules=3, processes=True)), stages(DDG(modules=1, processes=True))] == [
+        1,
+        3,
+        1,
+    ]
+
+
+def test_merged_records():
+    a = EpochRecord(train_seconds=2.0, eval_seconds=1.0, flops_executed=10.0, energy_joules=None, peak_memory_bytes=4)
+    b = EpochRecord(train_seconds=3.0, eval_seconds=0.5, flops_executed=20.0, energy_joules=7.0, peak_memory_bytes=5)
+    both = merged([a, b])
+    got = (both.train_seconds, both.eval_seconds, both.flops_executed, both.energy_joules, both.peak_memory_bytes)
+    assert got == (3.0, 1.0, 30.0, None, 9), f"slowest seconds, summed FLOPs and memory, unknown energy: {got}"
+    assert merged([RunRecord(compile_seconds=None), RunRecord(compile_seconds=None)]).compile_seconds is None
+
+
+class _Asked:
+    """Workers that say what a rank with this many threads would."""
+
+    def __init__(self, threads, kind="cpu"):
+        self.device = {"type": kind, "threads": threads}
+
+    def call(self, name, *args):
+        return [RunRecord(device=self.device), RunRecord(device=self.device)]
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("given", "each", "kind", "want"), [(1, 1, "cpu", 2), (2, 1, "cpu", 1), (4, 2, "cpu", 1), (4, 2, "cuda", 2)]
+)
+def test_the_record_says_how_many_devices_and_compares_with_as_many_threads(given, each, kind, want):
+    record = StagedRun(config(processes=True), _Asked(each, kind), given).start_record()
+    got = (record.workers, record.device["threads"])
+    assert got == (want, given), f"two processes of {each} threads for a run that was given {given}: {got}"
