@@ -146,7 +146,9 @@ def write_report(
 def print_report(made: Report, console: Console) -> None:
     """Headline and Pareto table of every group, then what was left out."""
     for section in made.sections:
-        console.print(_rich_table(section.group, section.tables[0]))
+        for table in section.tables:
+            if table.name == "pareto":  # there is none where only ablations were run
+                console.print(_rich_table(section.group, table))
         console.print(Text(answer(section.group).headline))
         console.print()
     if not made.sections:

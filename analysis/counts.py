@@ -124,8 +124,8 @@ def _code(runs: pd.DataFrame) -> str:
 
 
 def reasons(runs: pd.DataFrame) -> str:
-    """Why runs did not finish, most frequent first."""
-    ended = [run for run in records(runs) if run["status"] in ENDS[1:]]
+    """Why runs did not finish, and what there is to remark on those that did; most frequent first."""
+    ended = [r for r in records(runs) if r["status"] in ENDS[1:] or (r["status"] == ENDS[0] and r["reason"])]
     said = Counter(f"{run['status']}: {run['reason'] or 'no reason given'}" for run in ended)
     ordered = sorted(said.items(), key=lambda item: (-item[1], item[0]))
     parts = [f"{reason} ({n}×)" if n > 1 else reason for reason, n in ordered[:3]]

@@ -54,7 +54,7 @@ class Arm:
     @property
     def workers(self) -> int:
         """Devices that trained a run side by side."""
-        return int(self.timed["workers"].fillna(1).max()) if self.n else 1
+        return int(np.nanmax([1.0, *self.timed["workers"]]))
 
     @property
     def components(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from analysis.table import estimate, number
 from analysis.tables import front
 
 CLAIM_SEEDS = 5
+SHARED = "the processor is shared"  # as the record of such a run begins its remark
 MARGIN_ACCURACY = 0.01  # a faster method wins only where a loss of more than this fraction is excluded
 MARGIN_SPEED = 0.9  # a more accurate one only where a speed-up below this is
 
@@ -162,6 +163,8 @@ def _too_few(group: Group, arm: Arm, pairs: int) -> str:
 
 def _headline(group: Group, comparisons: Iterable[Comparison], baselines: list[Arm]) -> str:
     comparisons = list(comparisons)
+    if not group.candidates and group.ablated is not None:
+        return "Only ablations were run: their tables show what each part brings."
     if not group.candidates:
         return "No measured run finished, so there is nothing to recommend."
     if not baselines:
@@ -228,6 +231,7 @@ def _basis(group: Group, baselines: list[Arm]) -> str:
 def _notes(group: Group, comparisons: Iterable[Comparison]) -> Iterable[str]:
     """What a careful reader should know before acting on the verdicts."""
     comparisons = list(comparisons)
+    yield from _shared_processor(group)
     for c in comparisons:
         if c.verdict in ("wins", "trade-off") and (note := _control_note(group, c)):
             yield note
@@ -247,6 +251,17 @@ def _notes(group: Group, comparisons: Iterable[Comparison]) -> Iterable[str]:
         yield (
             f"The verdicts are corrected for comparing {len(decided)} methods in time and accuracy (Holm); the "
             "95 % intervals in brackets are not, so one may exclude no effect where the verdict does not call it."
+        )
+
+
+def _shared_processor(group: Group) -> Iterable[str]:
+    """Runs whose record remarks that other programs kept the processor busy."""
+    tried = [arm.tried for arm in group.arms if not arm.tried.empty]
+    shared = sum(int(runs["reason"].str.contains(SHARED, regex=False).sum()) for runs in tried)
+    if shared:
+        yield (
+            f"Other programs kept the processor busy beside {shared} of {sum(map(len, tried))} measured runs, as their "
+            "records say: read the times with caution, or measure again on a quiet machine."
         )
 
 

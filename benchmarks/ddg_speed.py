@@ -33,7 +33,7 @@ from fastbp.nets import make_model
 from naps import NAPS, nap_rows
 
 ONE_THREAD, BOTH_THREADS, NAP_LIMIT = 1.6, 1.0, 1.2
-NET = {"blocks": 8, "width": 64, "batch": 16}
+NET = {"blocks": 8, "width": 48, "batch": 16}
 QUICK_NET = {"blocks": 4, "width": 8, "batch": 8}
 MICRO_BATCHES = (4, 8)
 DDG_NAME, BP_ONE, BP_TWO = "DDG, K = 2, two processes", "backprop, one thread", "backprop, two threads"
@@ -110,7 +110,7 @@ def pipelined(
     return step, None
 
 
-def step_rows(rounds: int, steps: int, net: dict[str, int]) -> list[dict[str, Any]]:
+def step_rows(rounds: int, steps: int, net: dict[str, int], micro_batches: tuple[int, ...]) -> list[dict[str, Any]]:
     """Seconds per batch of every candidate, and how many times their throughput DDG has."""
     crews = {DDG_NAME: Crew(delayed, 2, 1, **net)}
     table = crews[DDG_NAME].told[0]
@@ -120,7 +120,7 @@ def step_rows(rounds: int, steps: int, net: dict[str, int]) -> list[dict[str, An
     if not devices_suffice(2):
         crews[BP_TWO] = Crew(backprop, 1, 2, **net)
     cuts = tuple(int(row["first_block"]) for row in table[1:])
-    for count in MICRO_BATCHES:
+    for count in micro_batches:
         crews[f"1F1B with flush, {count} micro-batches"] = Crew(pipelined, 2, 1, cuts=cuts, micro_batches=count, **net)
     crews["data parallel, two processes"] = Crew(backprop, 2, 1, **net)
     seconds = interleaved({name: lambda crew=crew: crew(steps) for name, crew in crews.items()}, rounds)
@@ -194,9 +194,9 @@ def main() -> None:
     net, rounds, steps = (QUICK_NET, 2, 3) if arguments.quick else (NET, arguments.rounds, arguments.steps)
     memory = memory_rows()
     show_memory(memory)
-    naps = nap_rows(NAPS[:2] if arguments.quick else NAPS, 6 if arguments.quick else 15)
+    naps = nap_rows(NAPS[:1] if arguments.quick else NAPS, 6 if arguments.quick else 15)
     show_naps(naps)
-    rows = step_rows(rounds, steps, net)
+    rows = step_rows(rounds, steps, net, MICRO_BATCHES[:1] if arguments.quick else MICRO_BATCHES)
     holds = show_steps(rows)
     found = {"holds": holds, "quick": arguments.quick, "net": net, "rounds": rounds, "steps": steps}
     write_json(arguments.out, found | {"rows": rows, "naps": naps, "memory": memory, **environment()})

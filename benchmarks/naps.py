@@ -14,12 +14,12 @@ from crew import Crew
 from fastbp import DDG
 
 # Milliseconds (forward, backward) of every module; at least 100 together, so that what does not sleep stays small.
-NAPS = {
-    "K = 2": [(40, 80)] * 2,
-    "K = 3, uneven": [(40, 60), (50, 90), (30, 70)],
-    "K = 3": [(40, 80)] * 3,
-    "K = 4": [(40, 80)] * 4,
-}.items()
+NAPS = (
+    ("K = 2", [(40, 80)] * 2),
+    ("K = 3", [(40, 80)] * 3),
+    ("K = 3, uneven", [(40, 60), (50, 90), (30, 70)]),
+    ("K = 4", [(40, 80)] * 4),
+)
 
 
 class _Sleep(torch.autograd.Function):
@@ -89,7 +89,7 @@ def predicted(milliseconds: Sequence[tuple[int, int]]) -> dict[str, float]:
     return {"lazy": lazy, "eager": eager, "barrier": sum(f for f, _ in times) + max(b for _, b in times)}
 
 
-def nap_rows(naps: Any, steps: int) -> list[dict[str, Any]]:
+def nap_rows(naps: Sequence[tuple[str, list[tuple[int, int]]]], steps: int) -> list[dict[str, Any]]:
     rows = []
     for name, milliseconds in naps:
         want, got = predicted(milliseconds), seconds_per_batch(milliseconds, steps)

@@ -85,7 +85,7 @@ class RunRecord(Seconds):
     method: dict[str, Any] = field(default_factory=dict)  # Method.to_dict()
     seed: int = 0
     status: Status = "running"
-    reason: str = ""  # one sentence for stopped, failed and diverged; while running: a remark on the start
+    reason: str = ""  # one sentence for stopped, failed and diverged; else a remark, as on a busy processor
     epochs_done: int = 0
     examples: int = 0
     steps: int = 0

@@ -81,9 +81,10 @@ def run(
     from sweeps.cluster import in_job
     from sweeps.drive import run_sweep
 
-    if in_job() and (out is None or not (planned.sweep.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"))):
-        _say(console, "warning: this folder is the job's temporary copy; keep results with --out FOLDER on shared")
-        _say(console, "         storage and MLFLOW_TRACKING_URI in the job's environment")
+    if in_job() and out is None:
+        _say(console, "warning: records go to the job's temporary folder; keep them with --out on shared storage")
+    if in_job() and not (planned.sweep.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        _say(console, "warning: MLflow's store is in the job's temporary folder; set MLFLOW_TRACKING_URI for the job")
     progress = progress_on(console)
     try:
         outcome = run_sweep(planned, find_sweep(file)[0], folder, progress, mlflow=mlflow)
@@ -106,7 +107,8 @@ def submit(
 ) -> None:
     """Run a sweep as a job of a Ray cluster. Ctrl-C stops following, not the job; the same command follows it again.
 
-    MLFLOW_TRACKING_URI and MLflow's user, password and token are passed on from the environment.
+    MLFLOW_TRACKING_URI and user are passed on; password and token are not, as Ray logs a job's environment:
+    set them where the head node is started.
     """
     from sweeps.submit import prepare, warnings
 

@@ -145,6 +145,7 @@ def mlflow_store(configured: str | None) -> Finding:
     """Whether MLflow's store answers, to us, and is of this version."""
     from mlflow import MlflowClient
 
+    from sweeps.mlflow_errors import cleaned
     from sweeps.mlflow_sync import default_uri
 
     uri = default_uri(configured)
@@ -155,7 +156,7 @@ def mlflow_store(configured: str | None) -> Finding:
     try:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except Exception as error:  # the finding is what kind
-        said, fix = _mlflow_problem(uri, without_password(str(error)))
+        said, fix = _mlflow_problem(uri, cleaned(str(error)))
         return Finding("MLflow", "fail", f"{shown}: {said}", fix)
     return Finding("MLflow", "ok", f"{shown} answers")
 
@@ -227,10 +228,8 @@ def _sweep(file: str) -> tuple[Sweep | None, Finding]:
         sweep = load_sweep(*find_sweep(file))[0]
     except SweepError as error:
         return None, Finding("sweep file", "fail", str(error), "correct the file")
-    parts = [name for name in ("search", "ablate", "measure") if getattr(sweep, name, None)]
-    return sweep, Finding(
-        "sweep file", "ok", f"{file}: sweep {sweep.name}, {len(sweep.arms)} arms, {' and '.join(parts)}"
-    )
+    parts = [name for name in ("search", "measure", "ablate") if getattr(sweep, name, None)]
+    return sweep, Finding("sweep file", "ok", f"{file}: sweep {sweep.name}, {len(sweep.arms)} arms, {', '.join(parts)}")
 
 
 def _data(sweep: Sweep) -> Iterator[Finding]:

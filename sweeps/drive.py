@@ -7,7 +7,6 @@ import fcntl
 import functools
 import math
 import os
-import shutil
 import signal
 import sys
 from collections import Counter
@@ -26,7 +25,7 @@ from sweeps.ledger import DONE, Ledger
 from sweeps.plan import Plan
 from sweeps.progress import Progress
 from sweeps.source import SweepError, SweepStopped
-from sweeps.stopping import Interrupted, NodeWatch, Stop
+from sweeps.stopping import RAY_DIED, Interrupted, NodeWatch, Stop
 
 if TYPE_CHECKING:
     from sweeps.arms import Arm
@@ -64,8 +63,12 @@ class Outcome:
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[bool]:
     """Hold the output folder; yields False where another process holds it."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise SweepError(f"{out}: cannot be written ({error.strerror}); give another folder with --out") from error
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -125,10 +128,26 @@ def run_sweep(plan: Plan, file: Path, out: Path, progress: Progress, *, mlflow: 
         if not free:
             raise SweepError(f"{out} is in use: this sweep is already running")
         ledger, writer = open_ledger(plan, out)
-        if file.resolve() != out / "sweep.yaml":
-            shutil.copyfile(file, out / "sweep.yaml")
+        _keep_copy(file, out / "sweep.yaml")
         driver = _Driver(plan, out, ledger, writer, progress, mlflow)
         return driver.run()
+
+
+def _keep_copy(file: Path, copy: Path) -> None:
+    """Copy the sweep file into the output folder, whole or not at all.
+
+    Raises:
+        SweepStopped: the disk is full.
+    """
+    text = file.read_bytes()
+    if copy.exists() and copy.read_bytes() == text:
+        return
+    draft = copy.with_suffix(".tmp")
+    try:
+        draft.write_bytes(text)
+        os.replace(draft, copy)
+    except OSError as error:
+        raise SweepStopped(Stop().why(error) or f"{copy}: cannot be written ({error.strerror})") from error
 
 
 class _Driver:
@@ -153,7 +172,7 @@ class _Driver:
     def run(self) -> Outcome:
         from sweeps.mlflow_pace import BackgroundSync, final_sync
 
-        done, stopped = False, ""
+        done, stopped, failure = False, "", None
         with self.stop:
             try:
                 if self.ledger.sweep is None:
@@ -167,13 +186,13 @@ class _Driver:
             except (KeyboardInterrupt, Interrupted):
                 done, stopped = False, self.stop.cause
             except Exception as error:
-                stopped = self.stop.why(error)
-                if not stopped:
-                    raise
-            self.stop.closing = True
-            behind = final_sync(self.mirror, self.progress.console.print)
+                stopped, failure = self.stop.why(error), error
+            self.stop.closing = True  # what was refused before its first run leaves nothing in MLflow
+            behind = final_sync(self.mirror, self.progress.console.print) if self.ledger.runs or not failure else ""
         if stopped:
-            raise SweepStopped(stopped)
+            raise SweepStopped(stopped) from failure
+        if failure is not None:
+            raise failure
         interrupted = 0 if done else self.stop.signal or signal.SIGINT
         return Outcome(self._failed(), self._missing(), interrupted, behind, self.uri)
 
@@ -238,7 +257,8 @@ class _Driver:
         costs = {}
         if part.unit == "seconds":
             self._say("pilot: timing a few steps of every arm, alone, to place the rungs")
-            measure = remote_pilot(cpus, gpus, self._common(exclusive=True, threads=max(1, int(cpus)), gpus=gpus))
+            common = self._common(exclusive=True, threads=max(1, int(cpus)), gpus=gpus)
+            measure = remote_pilot(cpus, gpus, common, self._say)
             costs = pilot_costs(self.out, {a.name: self.plan.search_run(a, {}) for a in arms}, measure)
         scheduler = RungScheduler(make_ladders(part, arms, costs))
         scheduler.restore_from(read_records(self.out / RECORDS))
@@ -271,11 +291,14 @@ class _Driver:
     def _measure_on_one_node(self, phase: str, timed: dict[str, list[RunConfig]], gpus: int) -> bool:
         """Run a phase on the node of all that is timed; where it dies, what is left on another with the same device."""
         from sweeps import placement
+        from sweeps.cluster import in_cluster
         from sweeps.searcher import ListSearcher
 
         runs, every = timed[phase], [run for of in timed.values() for run in of]
         threads, between = self.plan.exclusive_part.threads, self._between_trials()
         while True:
+            if all(self.ledger.done(run.key) for run in runs):
+                return True  # the node died with nothing left to run
             last = placement.last_device(self.ledger, every)
             try:
                 node = placement.pick_node(gpus, threads, last, self._say)
@@ -289,6 +312,9 @@ class _Driver:
             ended = self._fit(phase, searcher, functools.partial(node.request, gpus=gpus), 1, gpus == 0, between, watch)
             if ended or not watch.gone:
                 return ended
+            if not in_cluster():
+                self.stop.lose(RAY_DIED)  # a private cluster is this one node
+                raise Interrupted
             self._say(f"{phase}: node {node.name} is gone; what was running there is tried again")
 
     def _say(self, sentence: str) -> None:

@@ -19,7 +19,7 @@ from fastbp.record import RunRecord
 from fastbp.run import RunConfig
 from fastbp.staged import stages
 from sweeps.ledger import DONE, Ledger
-from sweeps.source import SweepError
+from sweeps.source import SweepStopped
 from trainables.stage_actors import stage_resources
 
 CHECK_SECONDS = 2.0  # between two looks at whether the node is still there
@@ -116,14 +116,14 @@ def pick_node(gpus: int, threads: int | None, last: dict[str, Any], say: Callabl
         say: hears one sentence where this waits or changes the node.
 
     Raises:
-        SweepError: the last node is gone and no other has the same device.
+        SweepStopped: the last node is gone and no other has the same device.
     """
     unlike: dict[str, str] = {}  # nodes with another device than the runs before
     while True:
         nodes = [node for node in candidates(live_nodes(), gpus, threads, last) if node.id not in unlike]
         if not nodes and last:
             others = f"; {', '.join(sorted(set(unlike.values())))} is not of that kind" if unlike else ""
-            raise SweepError(
+            raise SweepStopped(
                 f"measure: the runs so far were made on {last.get('name')} (node {last.get('node', 'unknown')}, "
                 f"{last.get('threads')} threads), and no live node has that{others}; seconds of unlike devices cannot "
                 f"be compared: bring the node back, or measure everything anew in another folder with --out"

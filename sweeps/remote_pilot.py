@@ -16,30 +16,37 @@ from sweeps.pilot import Pilot, pilot
 from trainables.method_trainable import device_for
 
 
-def remote_pilot(cpus: float, gpus: float, common: dict[str, Any]) -> Callable[[RunConfig], Pilot | None]:
-    """How to pilot a run in a Ray worker of its own; None where the run fails, as its trials will.
+def remote_pilot(
+    cpus: float, gpus: float, common: dict[str, Any], say: Callable[[str], Any]
+) -> Callable[[RunConfig], Pilot | None]:
+    """How to pilot a run in a Ray worker of its own; None where the run fails, as its trials may.
 
     Args:
         cpus, gpus: what a trial gets; a fraction of a GPU becomes a whole one, to be alone on it.
         common: `device`, `threads`, `cwd` and `sys_path`, as `MethodTrainable` takes them.
+        say: hears one sentence of every pilot that fails.
     """
     task = ray.remote(num_cpus=cpus, num_gpus=max(1.0, gpus) if gpus else 0, max_calls=1, max_retries=0)(_pilot)
 
     def measure(run: RunConfig) -> Pilot | None:
         try:
-            return ray.get(task.remote(run.to_dict(), common))
-        except RayError:  # its worker died
-            return None
+            found = ray.get(task.remote(run.to_dict(), common))
+        except RayError as error:
+            found = f"its process died ({type(error).__name__})"
+        if isinstance(found, Pilot):
+            return found
+        say(f"pilot: arm {run.arm} could not be timed, so its trials are never stopped early: {found}")
+        return None
 
     return measure
 
 
-def _pilot(run: dict[str, Any], common: dict[str, Any]) -> Pilot | None:
+def _pilot(run: dict[str, Any], common: dict[str, Any]) -> Pilot | str:
+    """The pilot, or why there is none."""
     if Path(common["cwd"]).is_dir():
         os.chdir(common["cwd"])
     sys.path += [folder for folder in common["sys_path"] if folder not in sys.path]
     try:
         return pilot(RunConfig.from_dict(run), device=device_for(common["device"]), threads=common["threads"])
     except Exception as error:
-        print(f"pilot of arm {run['arm']} failed: {error}")
-        return None
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

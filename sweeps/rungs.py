@@ -9,6 +9,7 @@ grace epochs: a method that alternates its epochs is always looked at in the sam
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -190,8 +191,9 @@ def pilot_costs(out: Path, runs: dict[str, RunConfig], measure: Callable[[RunCon
         runs: arm to the run that stands for it.
         measure: pilots a run, alone on the device of the search; None where that fails.
     """
-    path = out / PILOTS
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    path, known = out / PILOTS, {}
+    with contextlib.suppress(FileNotFoundError, ValueError):  # cut short by a crash: they are timed again
+        known = json.loads(path.read_text(encoding="utf-8"))
     for arm, run in runs.items():
         found = None if arm in known else measure(run)
         if found is not None:

@@ -110,6 +110,15 @@ def space_size(space: dict[str, Domain]) -> float:
     return math.prod(sizes.get(type(domain), lambda d: math.inf)(domain) for domain in space.values())
 
 
+def every_setting(space: dict[str, Domain]) -> Settings:
+    """All settings of a space without real numbers, encoded."""
+    values = [
+        _points(domain, 2) if isinstance(domain, Choice) else list(range(domain.low, domain.high + 1))  # type: ignore[arg-type]
+        for domain in space.values()
+    ]
+    return [dict(zip(space, setting, strict=True)) for setting in itertools.product(*values)]
+
+
 def _grid(space: dict[str, Domain], trials: int, seed: int) -> Settings:
     """Evenly spaced points of every range, as many as the budget allows, times all values of every choice.
 

@@ -98,6 +98,11 @@ class Stop:
             raise KeyboardInterrupt
 
 
+RAY_DIED = (
+    "Ray died on this machine (its raylet was killed or crashed); finished runs are on disk: run the same command again"
+)
+
+
 class NodeWatch:
     """A thread that looks whether Ray still runs on the driver's own machine; a context.
 
@@ -127,10 +132,7 @@ class NodeWatch:
             except Exception:  # the GCS does not answer: it restarts, or Ray ends the process
                 continue
             if not alive and not self._done.is_set():
-                self._stop.lose(
-                    "Ray died on this machine (its raylet was killed or crashed); finished runs are on disk: "
-                    "run the same command again"
-                )
+                self._stop.lose(RAY_DIED)
                 return
 
 

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import math
+import random
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +30,7 @@ from sweeps.samplers import (
     describe,
     distribution,
     encode,
+    every_setting,
     fixed_settings,
     generation_attrs,
     make_sampler,
@@ -37,7 +39,8 @@ from sweeps.samplers import (
 from sweeps.spec import Sweep
 
 DIRECTIONS = {"val_accuracy": StudyDirection.MAXIMIZE, "flops": StudyDirection.MINIMIZE}
-_TRIES = 100  # proposals of a learning sampler that has repeated itself, before its repetition counts as a trial
+_FEW = 10_000  # settings: so small a space is searched for one that is new
+_TRIES = 20  # proposals of a learning sampler that has repeated itself, before its repetition counts as a trial
 Log = Callable[[dict[str, Any]], None]  # hears of every start, ask and tell
 
 
@@ -131,14 +134,30 @@ class ArmStudy:
             self._study.tell(trial.number, state=TrialState.FAIL)  # a child like its parent is no trial
             self._repeats.add(trial.number)
             trial, values, config = self._propose()
+        if config.key in self._keys and (unseen := self._unseen()) is not None:
+            self._study.tell(trial.number, state=TrialState.FAIL)
+            self._repeats.add(trial.number)
+            self._study.enqueue_trial(unseen)
+            trial, values, config = self._propose()
         self._keys.add(config.key)
         self._waiting.setdefault(config.key, []).append(trial.number)
         self._tell_log("ask", trial.number, config.key, setting=values)
         return config
 
+    def _unseen(self) -> dict[str, Any] | None:
+        """A random setting that a learning sampler never came to; None where there is none, or where it may repeat."""
+        if self._sampler not in LEARNING or len(self._keys) >= self.distinct or space_size(self.arm.space) > _FEW:
+            return None
+        settings = every_setting(self.arm.space)
+        random.Random(_seed(self._seed, self.arm.name, self.asked)).shuffle(settings)
+        return next((s for s in settings if self._config(self.arm, self._decoded(s)).key not in self._keys), None)
+
+    def _decoded(self, params: dict[str, Any]) -> Values:
+        return {path: decode(self.arm.space[path], value) for path, value in params.items()}
+
     def _propose(self) -> tuple[optuna.trial.Trial, Values, RunConfig]:
         trial = self._study.ask(self._space)
-        values = {path: decode(self.arm.space[path], v) for path, v in trial.params.items()}
+        values = self._decoded(trial.params)
         return trial, values, self._config(self.arm, values)
 
     def is_waiting(self, key: str) -> bool:

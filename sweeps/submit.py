@@ -21,13 +21,8 @@ from fastbp.environment import git_state
 from sweeps.plan import find_sweep, load_plan
 from sweeps.source import SweepError, without_password
 
-PASSED_ON = (
-    "MLFLOW_TRACKING_URI",
-    "MLFLOW_TRACKING_USERNAME",
-    "MLFLOW_TRACKING_PASSWORD",
-    "MLFLOW_TRACKING_TOKEN",
-    "MLFLOW_TRACKING_INSECURE_TLS",
-)
+PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_INSECURE_TLS")
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")  # Ray writes a job's environment into its logs
 FIXED = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -96,6 +91,19 @@ def prepare(
 
 def warnings(request: Submission) -> list[str]:
     """What is allowed and yet seldom meant."""
+    return [*_secrets(request), *_tracking(request)]
+
+
+def _secrets(request: Submission) -> list[str]:
+    """What stays here, or had better."""
+    sent = [name for name in SECRETS if name in request.env]
+    kept = [name for name in SECRETS if os.environ.get(name) and name not in request.env]
+    return [
+        f"warning: {name} goes with --env into the job's environment, which Ray writes into its logs" for name in sent
+    ] + [f"{name} is not sent, as Ray logs a job's environment: set it where the head node is started" for name in kept]
+
+
+def _tracking(request: Submission) -> list[str]:
     uri = request.tracking_uri
     host = urlsplit(uri).hostname if uri.startswith(("http://", "https://")) else None
     if host in ("localhost", "127.0.0.1", "::1") and urlsplit(request.address).hostname != host:
@@ -134,8 +142,11 @@ def _inside(file: str, folder: Path) -> str:
 
 
 def _environment(settings: list[str]) -> dict[str, str]:
-    """What the job's environment gets from here; a value may be secret, so none is in any message."""
-    out = {name: os.environ[name] for name in PASSED_ON if os.environ.get(name)}
+    """What the job's environment gets from here; a value may be secret, so none is in any message.
+
+    A password in the URL stays here too.
+    """
+    out = {name: without_password(os.environ[name]) for name in PASSED_ON if os.environ.get(name)}
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -21,3 +22,5 @@ def _threads_and_random_state():
     yield
     torch.set_num_threads(1)
     torch.set_rng_state(state)
+    if "ray._raylet" in sys.modules:  # it remembers the token it read first, which a test may have replaced
+        sys.modules["ray._raylet"].AuthenticationTokenLoader.instance().reset_cache()

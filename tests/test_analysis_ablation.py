@@ -1,17 +1,20 @@
 """The `ablate` part as the report reads it: effects against least squares and known truth, and bad data."""
 
+import io
 import itertools
 
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy.linalg import lstsq
 
 from analysis.ablation import ablation_tables, doses
+from analysis.cli import write_report
 from analysis.contrasts import estimates, model
 from analysis.designs import designs
 from analysis.errors import ReportError
 from analysis.statistics import mean_estimate
-from analysis_records import RECIPE, bp, dbp, groups_of, ldb, report_of, rows_of, run_line, sweep_line
+from analysis_records import RECIPE, bp, dbp, groups_of, ldb, report_of, rows_of, run_line, sweep_line, write
 
 # ---- effects
 
@@ -181,6 +184,14 @@ def test_tables_find_the_truth(tmp_path):
             assert row["accuracy"].high - row["accuracy"].low < 0.008, "the seeds' common effect was not removed"
             assert row["n"] == 5
     assert effects["dbp × ldb"]["time_p"] > 0.05 > effects["ldb"]["time_p"]
+
+
+def test_the_command_prints_a_sweep_that_has_only_ablations(tmp_path):
+    said = io.StringIO()
+    source = write(tmp_path / "in" / "records.jsonl", lines(seeds=3))
+    write_report([str(source)], tmp_path / "out", console=Console(file=said, width=100))
+    assert "Only ablations were run: their tables show what each part brings." in said.getvalue(), said.getvalue()
+    assert "train time" not in said.getvalue(), "a Pareto table without a measured run"
 
 
 def test_the_report_has_tables_figures_and_counts_what_is_missing(tmp_path):

@@ -1,4 +1,4 @@
-"""Arms that trained on several devices side by side: their cost is shown, and a win by more hardware is no plain win."""
+"""Arms that trained on several devices: their cost is shown, and a win by more hardware is no plain win."""
 
 from analysis.load import load
 from analysis.measured import measured_groups

@@ -42,3 +42,14 @@ def test_times_of_a_column_have_one_number_of_decimals():
     assert [table.cells(row) for row in table.rows] == [["101.2"], ["82.6"], ["–"], ["not reached"]]
     wide = Table("t", "t", "", [column], [{"s": 0.0123}, {"s": 5123.0}])
     assert [wide.cells(row) for row in wide.rows] == [["0.0123"], ["5123"]], "no number of decimals suits both"
+
+
+def test_runs_beside_other_programs_are_said(tmp_path):
+    remark = "the processor is shared: other programs keep 1.9 of 2 cores busy"
+    lines = [sweep_line()]
+    for seed in range(3):
+        lines.append(run_line(seed=seed, reason=remark if seed else ""))
+        lines.append(run_line(arm="ldb", role="method", method=ldb(), seed=seed))
+    _, (group,) = groups_of(tmp_path, lines)
+    notes = " ".join(answer(group).notes)
+    assert "beside 2 of 6 measured runs" in notes, notes

@@ -353,3 +353,30 @@ def test_a_run_on_named_devices_has_the_records_of_one_in_place(drained):
         epochs = [run.train_epoch(), run.train_epoch()]
         ends.append([(e.train_loss, e.val_accuracy, e.val_loss, e.test_accuracy, e.steps) for e in epochs])
     assert ends[0] == ends[1], f"in place {ends[0]}, on named devices {ends[1]}"
+
+
+STABLE = {  # largest stable learning rate over the curvature, by K; K = 1 is 2 and 1.357
+    0.0: {2: 1.0, 3: 0.618, 4: 0.445},
+    0.9: {2: 0.253, 3: 0.0807, 4: 0.0463},
+}
+
+
+@pytest.mark.parametrize("momentum", STABLE)
+@pytest.mark.parametrize("K", [2, 3, 4])
+def test_the_stable_step_shrinks_with_the_number_of_modules(K, momentum):
+    """With all other weights frozen at 1, the first follows 1/2 w^2 at delay K-1; Nesterov momentum."""
+    x = torch.ones(1, 1, dtype=torch.float64)
+    for factor, stable in ((0.93, True), (1.07, False)):
+        model = nn.Sequential(*[nn.Linear(1, 1, bias=False) for _ in range(K)]).double()
+        for layer in model:
+            layer.weight.data.fill_(1)
+            layer.weight.requires_grad_(layer is model[0])
+        estimator = bind(model, DDG(modules=K), lambda y, _: y.square().sum() / 2)
+        rate = STABLE[momentum][K] * factor
+        optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, nesterov=momentum > 0)
+        sizes = []
+        for _ in range(250):
+            one(estimator, optimizer, x, x)
+            sizes.append(model[0].weight.abs().item())
+        early, late = max(sizes[:100]), max(sizes[200:])
+        assert (late < early) == stable, f"{factor} of the bound: |w| from {early:.3g} to {late:.3g}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trainables import free_device
-from trainables.free_device import busy_remark, wait_until_free
+from trainables.free_device import busy_remark, check_alone, wait_until_free
 
 
 @pytest.fixture
@@ -32,6 +32,15 @@ def test_a_gpu_with_other_processes_is_refused(gpu):
     gpu.append(4711)
     with pytest.raises(RuntimeError, match=r"cuda is in use by 1 other process\(es\), ids 4711: .* end them"):
         wait_until_free(torch.device("cuda"), seconds=0)
+
+
+def test_who_comes_during_a_run_is_found_whatever_id_we_have_there(gpu):
+    check_alone(torch.device("cuda"))
+    gpu.append(1)  # this process, as the machine outside of a container counts
+    check_alone(torch.device("cuda"))
+    gpu.append(4711)
+    with pytest.raises(RuntimeError, match=r"cuda came into use by 1 other process\(es\) .* 1, 4711: its seconds"):
+        check_alone(torch.device("cuda"))
 
 
 def test_the_process_of_the_run_before_is_waited_for(gpu, monkeypatch):

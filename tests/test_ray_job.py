@@ -42,6 +42,9 @@ class Estimator(WrappingEstimator):
 """
 
 
+PASSWORD = "not-to-be-seen-4711"
+
+
 def free_port():
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
@@ -58,6 +61,7 @@ def head(tmp_path_factory):
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "MLFLOW_TRACKING_PASSWORD": PASSWORD,  # of the head node's own: jobs inherit it
     }
     (folder / "home").mkdir()
     subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
@@ -117,7 +121,6 @@ def test_a_submitted_sweep_runs_on_the_cluster_and_its_failure_is_the_jobs(head,
     assert "boom" in said, "the failing cell's reason is not in the job's log"
 
 
-PASSWORD = "not-to-be-seen-4711"
 SLOW_SWEEP = """\
 name: slow
 task: {data: digits, model: mlp, model_args: {depth: 2, width: 8}, data_args: {limit: 128}}
@@ -161,6 +164,15 @@ def ended(process):
     return process.returncode, said
 
 
+def session_logs(head):
+    """Ray's logs of this head node."""
+    port = head[0].rpartition(":")[2]
+    sessions = Path("/tmp/ray").glob("session_*/logs")
+    mine = [s for s in sessions if any(port in log.read_text(errors="replace") for log in s.glob("dashboard.log"))]
+    assert mine, "the head node's logs were not found"
+    return [log for session in mine for log in session.iterdir() if log.is_file()]
+
+
 def jobs(head):
     """How many jobs the head node knows."""
     address, environment = head
@@ -185,7 +197,6 @@ def test_submit_follows_a_job_through_an_interruption_and_ends_with_its_exit_cod
         "CODE": "a=b",
         "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlruns.db",
         "MLFLOW_TRACKING_USERNAME": "me",
-        "MLFLOW_TRACKING_PASSWORD": PASSWORD,
     }
     first = submit(head, *call, **secret)
     said = ""
@@ -207,6 +218,8 @@ def test_submit_follows_a_job_through_an_interruption_and_ends_with_its_exit_cod
     assert {run.arm: run.status for run in runs} == {"bp": "finished", "slow": "finished"}
     shown = said + again + (out / "records.jsonl").read_text()
     assert PASSWORD not in shown, "a password is in the log or in the records"
+    logs = [log for log in session_logs(head) if PASSWORD in log.read_text(errors="replace")]
+    assert not logs, f"a password is in Ray's own logs: {logs}"
 
     (work / "slow.yaml").write_text(SLOW_SWEEP.replace("lr: 0.05", "lr: 0.06"))
     code, said = ended(submit(head, *call, **secret))

@@ -20,7 +20,7 @@ arms:
   one: {method: ddg, modules: 2, cuts: [2]}
   two: {method: ddg, modules: 2, cuts: [2], processes: true}
   bp: {method: bp}
-search: {trials: 1, checkpoint_epochs: 1, cpus: 2, gpus: 0}
+search: {trials: 1, checkpoint_epochs: 1, cpus: 1, gpus: 0}
 measure: {seeds: [0], threads: 1, gpus: 0, controls: false}
 """
 SAME = ("examples", "steps", "batch_size", "lr", "train_loss", "val_loss", "val_accuracy", "test_accuracy")

@@ -84,12 +84,12 @@ def test_started_again_it_runs_nothing(sweep):
 def test_the_report_shows_the_effects(sweep):
     folder, records, _, _ = sweep
     report = folder / "fastbp-runs" / "parts" / "report"
-    rows = list(csv.DictReader((report / "tables" / "ablate_components.csv").open()))
+    rows = list(csv.DictReader((report / "tables" / "ablate_components.csv").read_text().splitlines()))
     ended = {(r.arm, r.seed): r for r in records if isinstance(r, RunRecord) and r.phase == "ablate" and r.ended_at}
     found = {(r["component"], r["step"]): float(r["accuracy"]) for r in rows}
     gains = [ended["both/without-ldb", s].test_accuracy - ended["both", s].test_accuracy for s in (0, 1)]
     assert found["ldb", "removed from both"] == pytest.approx(sum(gains) / 2)
-    levels = [r["level"] for r in csv.DictReader((report / "tables" / "ablate_dose.csv").open())]
+    levels = [r["level"] for r in csv.DictReader((report / "tables" / "ablate_dose.csv").read_text().splitlines())]
     assert len(levels) == 3, f"levels are {levels}"
     assert sum("chosen" in level for level in levels) == 1
     assert (report / "figures" / "doses-group1-1.png").exists()

@@ -1,17 +1,21 @@
 """The plan of a sweep: chosen settings and measured blocks."""
 
+import errno
 import os
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fastbp import LayerDropBack
 from fastbp.nets import make_model
 from sweep_files import TOY, ended, plan_of
-from sweeps.drive import open_ledger, saved_states
+from sweeps.drive import _keep_copy, locked, open_ledger, run_sweep, saved_states
 from sweeps.ledger import Ledger, config_of
-from sweeps.source import SweepError
+from sweeps.progress import Progress
+from sweeps.source import SweepError, SweepStopped
 
 
 def searched(plan, arm, rows):
@@ -117,6 +121,45 @@ def test_a_folder_of_another_sweep_is_refused_with_the_way_out(tmp_path):
     changed = plan_of(tmp_path, TOY.replace("trials: 3", "trials: 4"))
     with pytest.raises(SweepError, match="another `name`, or another folder with --out"):
         open_ledger(changed, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    with pytest.raises(SweepError, match=r"cannot be written .* give another folder with --out"), locked(out):
+        pass
+
+
+def test_a_full_disk_leaves_the_copy_of_the_sweep_file_as_it_was(tmp_path, monkeypatch):
+    file, copy = tmp_path / "mine.yaml", tmp_path / "sweep.yaml"
+    file.write_text("name: one")
+    _keep_copy(file, copy)
+    file.write_text("name: two")
+
+    def full(path, data):
+        path.open("w").close()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(SweepStopped, match=r"No space left on device.*: free space, then run the same command again"):
+        _keep_copy(file, copy)
+    assert copy.read_text() == "name: one"
+
+
+def test_whatever_ends_a_sweep_that_has_begun_mlflow_is_told(tmp_path, monkeypatch):
+    plan, synced = plan_of(tmp_path), []
+    monkeypatch.setattr("sweeps.mlflow_pace.final_sync", lambda mirror, say: synced.append(1) or "")
+
+    def no_node(self):
+        raise SweepStopped("no node has that device")
+
+    monkeypatch.setattr("sweeps.drive._Driver._search", no_node)
+    _, writer = open_ledger(plan, tmp_path / "out")
+    for expected in ([], [1]):
+        with pytest.raises(SweepStopped, match="no node has that device"):
+            run_sweep(plan, tmp_path / "toy.yaml", tmp_path / "out", Progress(Console(quiet=True)), mlflow=False)
+        assert synced == expected, "MLflow is told of a sweep that has runs, and of no other"
+        writer.write(ended(plan.search_run(plan.arms[0], {"recipe.lr": 0.1}), status="running"))
 
 
 def test_the_saved_states_of_a_run_are_found_newest_first_whatever_the_clock_said(tmp_path):

@@ -1,5 +1,6 @@
 """Sweep files: what is refused, at which line, in which words; and that refusing needs no Ray."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -178,9 +179,22 @@ def test_a_typo_is_reported_before_ray_optuna_or_mlflow_are_imported(tmp_path):
     assert not (tmp_path / "fastbp-runs").exists(), "an output folder was made for a file that is wrong"
 
 
+def image_folder(root, classes=10, images=8):
+    """An image folder of tiny random pictures."""
+    image = pytest.importorskip("PIL.Image")
+    for part, label in itertools.product(("train", "test"), range(classes)):
+        folder = root / part / f"class{label}"
+        folder.mkdir(parents=True)
+        for i in range(images):
+            image.new("RGB", (32, 32), (i * 20, label * 20, 0)).save(folder / f"{i}.png")
+
+
 @pytest.mark.parametrize("file", sorted(Path(__file__).parents[1].glob("sweeps/*.yaml")), ids=lambda f: f.stem)
 @pytest.mark.parametrize("smoke", [False, True])
-def test_packaged_sweeps_are_valid(file, smoke):
+def test_packaged_sweeps_are_valid(file, smoke, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTBP_DATA", str(tmp_path))
+    image_folder(tmp_path / "data" / "cifar10")  # which some of them name
     plan = load_plan(file.stem, smoke=smoke)
     assert plan.sweep.name == file.stem + "-smoke" * smoke, f"{file.name} is called {plan.sweep.name}"
     if smoke:

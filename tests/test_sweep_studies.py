@@ -161,6 +161,15 @@ def test_a_setting_that_is_proposed_twice_is_trained_once(tmp_path):
     assert studies[0].states() == [TrialState.COMPLETE] * 8, f"told {studies[0].states()}"
 
 
+@pytest.mark.parametrize("sampler", LEARNING)
+def test_a_space_of_choices_is_tried_in_full_where_the_budget_allows_it(tmp_path, sampler):
+    plan = plan_of(tmp_path, TOY.replace("lr: {log_uniform: [0.01, 0.5]}", "lr: {choice: [0.1, 0.2, 0.3, 0.4, 0.5]}"))
+    for seed in range(3):
+        study = ArmStudy(plan.arms[0], sampler, 5, seed, plan.search_run)
+        trained = drive(ArmSearcher([study], Ledger(), make_trial, retries=0), finished)
+        assert len(set(keys(trained))) == len(trained) == study.distinct == 5, f"seed {seed} tried {keys(trained)}"
+
+
 def test_a_setting_proposed_while_it_trains_waits_for_that_result(tmp_path):
     plan = plan_of(tmp_path, TOY.replace("lr: {log_uniform: [0.01, 0.5]}", "lr: {choice: [0.1]}"))
     study = ArmStudy(plan.arms[0], "random", 3, 0, plan.search_run)

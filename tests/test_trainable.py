@@ -67,6 +67,30 @@ def test_results_carry_records_that_can_be_written(trainable):
     assert end.val_accuracy == last["val_accuracy"], "the objective is not the record's accuracy"
 
 
+def test_a_measured_run_on_a_busy_processor_says_so_in_its_last_record_too(trainable, monkeypatch):
+    remarks = ["", "the processor is shared: late"]
+    monkeypatch.setattr("trainables.method_trainable.busy_remark", lambda: remarks.pop(0))
+    one = trainable(config_of(epochs=1, exclusive=True)).step()
+    assert (one["start"]["reason"], one["end"]["reason"]) == ("", "the processor is shared: late")
+    remarks[:] = ["the processor is shared: early"]
+    one = trainable(config_of(epochs=1, exclusive=True)).step()
+    assert one["start"]["reason"] == one["end"]["reason"] == "the processor is shared: early"
+    assert trainable(config_of(epochs=1)).step()["end"]["reason"] == "", "a search trial has neighbours by design"
+
+
+def test_a_measured_run_is_looked_after_at_every_epoch(trainable, monkeypatch):
+    monkeypatch.setattr("trainables.method_trainable.busy_remark", lambda: "")
+    one = trainable(config_of(epochs=3, exclusive=True))
+    one.step()
+
+    def shared(device):
+        raise RuntimeError(f"{device} came into use")
+
+    monkeypatch.setattr("trainables.method_trainable.check_alone", shared)
+    with pytest.raises(RuntimeError, match="cpu came into use"):
+        one.step()
+
+
 @pytest.mark.parametrize("method", [LayerDropBack(every_epochs=2), DDG(modules=2)], ids=["ldb", "ddg in flight"])
 def test_resuming_changes_no_number(trainable, tmp_path, method):
     whole = trainable(config_of(method))

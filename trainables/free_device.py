@@ -22,9 +22,9 @@ def wait_until_free(device: torch.device, seconds: float = WAIT_SECONDS) -> None
     Raises:
         RuntimeError: other processes still hold the device.
     """
-    others = _compute_processes(device)
+    processes = _compute_processes(device)
     deadline = time.monotonic() + seconds
-    while (found := others()) and time.monotonic() < deadline:
+    while (found := [pid for pid in processes() if pid != os.getpid()]) and time.monotonic() < deadline:
         time.sleep(0.5)
     if found:
         raise RuntimeError(
@@ -33,8 +33,22 @@ def wait_until_free(device: torch.device, seconds: float = WAIT_SECONDS) -> None
         )
 
 
+def check_alone(device: torch.device) -> None:
+    """To be called after this process has used the GPU: it must be the only one there, whatever its id.
+
+    Raises:
+        RuntimeError: another process has come.
+    """
+    found = _compute_processes(device)()
+    if len(found) > 1:
+        raise RuntimeError(
+            f"{device} came into use by {len(found) - 1} other process(es) during a measured run, ids with its own "
+            f"{', '.join(map(str, found))}: its seconds are worth nothing; keep the device free"
+        )
+
+
 def _compute_processes(device: torch.device) -> Callable[[], list[int]]:
-    """A function that lists the ids of the device's compute processes, this one left out."""
+    """A function that lists the ids of the device's compute processes, this one's too."""
     if device.type != "cuda":
         return lambda: []
     try:
@@ -45,7 +59,7 @@ def _compute_processes(device: torch.device) -> Callable[[], list[int]]:
         pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except Exception:  # no library, no driver, or a slice of a device: unknown
         return lambda: []
-    return lambda: [p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid != os.getpid()]
+    return lambda: [p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
 
 
 def busy_remark(seconds: float = 0.2, stat: Path = Path("/proc/stat")) -> str:

@@ -18,7 +18,7 @@ from ray.util import get_current_placement_group
 from fastbp.record import RunRecord
 from fastbp.run import Run, RunConfig
 from fastbp.staged import StagedRun, stages
-from trainables.free_device import busy_remark, wait_until_free
+from trainables.free_device import busy_remark, check_alone, wait_until_free
 from trainables.stage_actors import RayWorkers
 
 STATE_FILE = "run.pt"
@@ -42,9 +42,9 @@ class MethodTrainable(tune.Trainable):
         if config.get("git_commit"):  # of the driver: workers may run from a copy without history
             os.environ["FASTBP_GIT_COMMIT"] = config["git_commit"]
             os.environ["FASTBP_GIT_DIRTY"] = str(int(config["git_dirty"]))
-        self._remark = ""
+        self._remark, self._alone_on = "", None
         if config.get("exclusive") and stages(RunConfig.from_dict(config["run"]).method) == 1:
-            device = torch.device(device_for(config.get("device") or "cpu"))
+            self._alone_on = device = torch.device(device_for(config.get("device") or "cpu"))
             wait_until_free(device)
             self._remark = busy_remark() if device.type == "cpu" else ""
         self.run = self._new_run(config)
@@ -91,6 +91,8 @@ class MethodTrainable(tune.Trainable):
             self.run.clock.add("report_blocked", time.perf_counter() - self._returned)
         start = self._as_dict(self.run.start_record()) | {"reason": self._remark} if self._first else None
         record = self.run.train_epoch()
+        if self._alone_on is not None:
+            check_alone(self._alone_on)
         result: dict[str, Any] = {
             "record": dataclasses.asdict(record),
             "record/flops_executed": record.flops_executed,
@@ -101,7 +103,7 @@ class MethodTrainable(tune.Trainable):
         if start:
             result["start"] = start
         if self.run.done:
-            result["end"] = self._as_dict(self.run.end())
+            result["end"] = self._end()
             result["end/status"] = self.run.status
         self._first = False
         self._returned = time.perf_counter()
@@ -132,6 +134,13 @@ class MethodTrainable(tune.Trainable):
         run = getattr(self, "run", None)
         if isinstance(run, StagedRun):
             run.close()
+
+    def _end(self) -> dict[str, Any]:
+        """The run's last record; a measured run that finished on a busy processor has a remark as its reason."""
+        end = self._as_dict(self.run.end())
+        if self._alone_on is not None and not end["reason"]:
+            end["reason"] = self._remark or (busy_remark() if self._alone_on.type == "cpu" else "")
+        return end
 
     def _as_dict(self, record: RunRecord) -> dict[str, Any]:
         out = dataclasses.asdict(record)

@@ -148,7 +148,8 @@ class RayWorkers:
 
     def _fail(self, sentence: str) -> None:
         self.close(gracefully=False)
-        raise StageError(f"{sentence}; all stages were ended, start again from the last checkpoint")
+        # From None: what Ray said of the actor would be taken for the end of the trial's own process.
+        raise StageError(f"{sentence}; all stages were ended, start again from the last checkpoint") from None
 
     def close(self, *, gracefully: bool = True) -> None:
         """End all actors."""
