@@ -2,14 +2,15 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-JOBS ?= 2
+JOBS ?= 4
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test quick lint types bench clean
+.PHONY: help setup demo test check quick lint types bench clean
 help:
 	@echo "make demo    sweep five arms on the digits and show the Pareto report (minutes)"
 	@echo "make test    the whole test suite"
+	@echo "make check   what CI runs: all but the longest tests"
 	@echo "make quick   the tests that take seconds"
 	@echo "make lint    ruff;  make types  basedpyright;  make bench  speed claims, as ratios"
 
@@ -24,7 +25,10 @@ demo: $(STAMP)
 	"$(BIN)/fastbp-sweep" run quickstart
 
 test: $(STAMP)
-	"$(BIN)/python" -m pytest -n $(JOBS)
+	"$(BIN)/python" -m pytest -n $(JOBS) --dist worksteal
+
+check: $(STAMP)
+	"$(BIN)/python" -m pytest -n $(JOBS) --dist worksteal -m "not long"
 
 quick: $(STAMP)
 	"$(BIN)/python" -m pytest -m "not slow"

@@ -26,6 +26,8 @@ class Crew:
 
     Attributes:
         told: by every rank at its start.
+        steps: taken so far.
+        cpu_seconds: that every rank computed in them, whatever else the machine did.
 
     Args:
         make: builds a rank's step; a function of a module.
@@ -50,12 +52,16 @@ class Crew:
             self._pipes.append(ours)
             self._processes.append(process)
         self.told = [pipe.recv() for pipe in self._pipes]
+        self.steps, self.cpu_seconds = 0, [0.0] * ranks
 
     def __call__(self, steps: int) -> list[list[float]]:
         """Take so many steps in every process; returns, for every rank, when each of its steps ended, in seconds."""
         for pipe in self._pipes:
             pipe.send(steps)
-        return [pipe.recv() for pipe in self._pipes]
+        answers = [pipe.recv() for pipe in self._pipes]
+        self.steps += steps
+        self.cpu_seconds = [total + cpu for total, (_, cpu) in zip(self.cpu_seconds, answers, strict=True)]
+        return [ends for ends, _ in answers]
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -89,11 +95,11 @@ def _serve(
     step, told = make(rank, ranks, device, **arguments)
     pipe.send(told)
     while steps := pipe.recv():
-        ends = []
+        ends, began = [], time.process_time()
         for _ in range(steps):
             step()
             ends.append(time.perf_counter())
         wait()
-        pipe.send(ends)
+        pipe.send((ends, time.process_time() - began))
     if ranks > 1:
         dist.destroy_process_group()

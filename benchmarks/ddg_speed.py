@@ -3,7 +3,8 @@
 1. K = 2 on two processes of one thread each: at least 1.6 times the throughput of backprop on one thread, and at least
    1.0 times that of backprop on both threads, on a balanced net that is bound by computing. All candidates train the
    same net on the same batch, in turn, within one run; the others are blocked meanwhile. The figure is the median over
-   rounds of the ratio within a round, with its quartiles.
+   rounds of the ratio within a round, with its quartiles. "CPU ms" is what the busiest process computed per batch: a
+   machine that others use at the same time shows in a time per batch well above it.
 2. Modules that sleep: K = 2, 3, 4 take max_k(F_k + B_k) per batch within 20 %, F and B a module's forward and backward.
 3. Memory: what module k holds at its peak is d+1 batches and, of `stash`, as many copies of its weights.
 
@@ -126,7 +127,8 @@ def step_rows(rounds: int, steps: int, net: dict[str, int], micro_batches: tuple
     seconds = interleaved({name: lambda crew=crew: crew(steps) for name, crew in crews.items()}, rounds)
     for crew in crews.values():
         crew.close()
-    return list(_compared(seconds, steps))
+    cpu = {name: max(crew.cpu_seconds) / crew.steps for name, crew in crews.items()}
+    return [row | {"cpu_seconds_per_batch": cpu[row["name"]]} for row in _compared(seconds, steps)]
 
 
 def _compared(seconds: dict[str, list[float]], steps: int) -> Iterator[dict[str, Any]]:
@@ -143,12 +145,11 @@ def _compared(seconds: dict[str, list[float]], steps: int) -> Iterator[dict[str,
 
 
 def show_steps(rows: list[dict[str, Any]]) -> bool:
-    print(f"{'':36s} {'ms per batch':>13s} {'throughput of DDG':>18s} {'quartiles':>18s}")
+    print(f"{'':36s} {'ms per batch':>13s} {'CPU ms':>7s} {'throughput of DDG':>18s} {'quartiles':>18s}")
     for row in rows:
         quartiles = f"{row['low']:.3f} to {row['high']:.3f}"
-        print(
-            f"{row['name']:36s} {row['seconds_per_batch'] * 1e3:13.1f} {row['ddg_throughput']:18.3f} {quartiles:>18s}"
-        )
+        wall, cpu = (row[name] * 1e3 for name in ("seconds_per_batch", "cpu_seconds_per_batch"))
+        print(f"{row['name']:36s} {wall:13.1f} {cpu:7.1f} {row['ddg_throughput']:18.3f} {quartiles:>18s}")
     found = {row["name"]: row["ddg_throughput"] for row in rows}
     claims = [(BP_ONE, ONE_THREAD), (BP_TWO, BOTH_THREADS)]
     for name, limit in claims:

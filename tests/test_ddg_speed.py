@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch is built without distributed")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_benchmark_times_every_candidate_and_holds_schedule_and_memory_against_the_formulas(tmp_path, monkeypatch):
     out = tmp_path / "ddg_speed.json"
@@ -25,6 +26,7 @@ def test_the_benchmark_times_every_candidate_and_holds_schedule_and_memory_again
         assert any(words in name for name in names), f"{words} is not among {names}"
     assert all(row["low"] <= row["ddg_throughput"] <= row["high"] for row in found["rows"]), found["rows"]
     assert found["rows"][0]["ddg_throughput"] == 1.0, "DDG over itself"
+    assert all(row["cpu_seconds_per_batch"] > 0 for row in found["rows"]), found["rows"]
     for row in found["memory"]:
         assert 0.85 < row["ratio"] < 1.02, f"{row['name']}, module {row['module']}: {row['bytes']} bytes, {row}"
 

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_benchmark_compares_the_same_numbers_on_the_same_store(tmp_path):
     out = tmp_path / "mlflow_overhead.json"

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_benchmark_counts_every_run_from_records_and_from_mlflow(tmp_path):
     pytest.importorskip("mlflow")

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_benchmark_runs_every_variant_and_counts_its_trials(tmp_path):
     out = tmp_path / "sweep_overhead.json"

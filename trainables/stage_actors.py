@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -143,7 +144,9 @@ class RayWorkers:
                     cause = error.cause if isinstance(getattr(error, "cause", None), BaseException) else error
                     self._fail(f"stage {rank} failed: {type(cause).__name__}: {_last_line(cause)}")
                 except RayActorError as error:
-                    self._fail(f"stage {rank} died ({_last_line(error)})")
+                    gone = re.search(r"node (has died|was terminated)", str(error))
+                    cause = "its node died" if gone else "its process was killed, ran out of memory, or crashed"
+                    self._fail(f"stage {rank} died: {cause}")
         return [answers[rank] for rank in range(len(calls))]
 
     def _fail(self, sentence: str) -> None:
