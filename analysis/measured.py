@@ -54,7 +54,7 @@ class Arm:
     @property
     def workers(self) -> int:
         """Devices that trained a run side by side."""
-        return int(np.nanmax([1.0, *self.timed["workers"]]))
+        return int(np.nanmax([1.0, *_workers(self.timed)]))
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ class Group:
 
     def device_seconds(self, arm: Arm) -> Estimate:
         """Training seconds times the devices that trained."""
-        return median_estimate(arm.timed["train_seconds"] * arm.timed["workers"].fillna(1))
+        return median_estimate(arm.timed["train_seconds"] * _workers(arm.timed))
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> int:
@@ -164,6 +164,11 @@ def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Grou
         ablated = None if others.empty else Group(*name, _arms(others, results))
         groups.append(Group(*name, _arms(measured, results), ablated))
     return groups
+
+
+def _workers(runs: pd.DataFrame) -> pd.Series:
+    """Devices of every run; 1 in records from before there could be more."""
+    return runs["workers"].fillna(1.0) if "workers" in runs else pd.Series(1.0, index=runs.index)
 
 
 def left_out(results: Results, groups: Iterable[Group]) -> dict[str, int]:

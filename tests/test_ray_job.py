@@ -115,6 +115,7 @@ def test_a_submitted_sweep_runs_on_the_cluster_and_its_failure_is_the_jobs(head,
     done = subprocess.run(submit, env=environment, capture_output=True, text=True, check=False, timeout=240)
     said = done.stdout + done.stderr
     assert done.returncode != 0, f"a failed cell did not fail the job: {said[-1500:]}"
+    assert (out / "records.jsonl").exists(), f"nothing was run: {said[-3000:]}"
     runs = last_runs(read_records(out / "records.jsonl")).values()
     status = {run.arm: run.status for run in runs}
     assert status == {"bp": "finished", "bad": "failed"}, f"{status}: {said[-1500:]}"
@@ -182,6 +183,7 @@ def jobs(head):
         return sum(job["type"] == "SUBMISSION" for job in json.load(answer))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_submit_follows_a_job_through_an_interruption_and_ends_with_its_exit_code(head, tmp_path):
     work, out = tmp_path / "work", tmp_path / "out"

@@ -37,6 +37,7 @@ def attempts(records, phase, arm):
     return [r for r in records if isinstance(r, RunRecord) and (r.phase, r.arm) == (phase, arm)]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_sweep_with_stages_has_the_records_of_one_process_even_when_a_stage_is_killed(tmp_path):

@@ -13,7 +13,7 @@ from fastbp.record import RunRecord, SweepRecord, read_records
 from sweeps.cli import app
 from sweeps.cluster import ray_session
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 SWEEP = """\
 name: parts

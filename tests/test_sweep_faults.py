@@ -89,6 +89,7 @@ def test_a_driver_killed_twice_a_torn_line_and_a_poisoned_checkpoint(victim, tmp
     assert sweep.runs()[hurt.run_key].resumed, "the run did not continue from the older checkpoint"
 
 
+@pytest.mark.long
 def test_sigterm_ctrl_c_a_clock_set_back_and_a_full_disk(victim, tmp_path):
     sweep = victim(TWO_PHASES, FAULT_CLOCK=str(tmp_path / "back"))
     uri = f"sqlite:///{tmp_path / 'mlruns.db'}"
@@ -148,6 +149,7 @@ mlflow: {{tracking_uri: {uri}}}
 )
 
 
+@pytest.mark.long
 def test_a_killed_worker_two_kinds_of_out_of_memory_nan_and_an_absent_mlflow(victim, tmp_path, monkeypatch):
     port = mlflow_servers.free_port()
     monkeypatch.setattr(mlflow_servers, "free_port", lambda: port)
@@ -175,6 +177,7 @@ def test_a_killed_worker_two_kinds_of_out_of_memory_nan_and_an_absent_mlflow(vic
     assert failed["device"].startswith("torch.OutOfMemoryError: CUDA out of memory"), failed
 
 
+@pytest.mark.long
 def test_the_machines_own_raylet_killed(victim, tmp_path):
     arms = 'arms:\n  bp: {method: bp}\n  slow: {method: "fault_methods:Slow", seconds: 0.2}\n'
     brake = tmp_path / "brake"  # the actor of a dead raylet may finish a short run, and then nothing is lost

@@ -214,6 +214,7 @@ def test_a_pipe_gets_lines_and_a_terminal_the_table(stage):
     assert len(lines) == 1 + 3, lines
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_on_a_real_terminal_the_table_lives_and_its_last_state_stays(tmp_path):
     (tmp_path / "toy.yaml").write_text(TOY)

@@ -44,6 +44,7 @@ def sweep_of(tmp_path, name, runs=2):
     )
 
 
+@pytest.mark.long
 def test_two_sweeps_at_once_on_a_fresh_server_share_one_experiment(tmp_path, server):
     errors = sync_at_once(tmp_path, server, "shared")
     assert errors == [""] * 2, f"errors: {errors}"
@@ -150,6 +151,7 @@ def test_a_name_that_the_server_does_not_know_is_answered_with_the_remedy(tmp_pa
     assert "--allowed-hosts '127.0.0.1,127.0.0.1:*'" in error, f"it says {error!r}"
 
 
+@pytest.mark.long
 def test_the_servers_own_accounts(tmp_path, monkeypatch):
     pytest.importorskip("flask_wtf", reason="MLflow's own accounts need mlflow[auth]")
     settings = tmp_path / "accounts.ini"

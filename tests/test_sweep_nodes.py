@@ -94,6 +94,7 @@ def keep_visiting(records, node, over, visits):
         time.sleep(0.3)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_search_shares_gpus_and_measure_has_a_node_to_itself(cluster, tmp_path):
     assert concurrent_trials(0.5, 0.4) == 4, "0.4 of a GPU fits twice on each of two: the fifth would span both"
@@ -126,6 +127,7 @@ def test_search_shares_gpus_and_measure_has_a_node_to_itself(cluster, tmp_path):
     assert not beside, f"{len(beside)} of {len(measured)} measured steps ran beside somebody else's work"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_node_that_dies_while_measuring_costs_nothing_but_its_run(cluster, tmp_path):
     file, gone = tmp_path / "stamps", []
@@ -160,6 +162,7 @@ def test_a_node_that_dies_while_measuring_costs_nothing_but_its_run(cluster, tmp
     assert f"/{gone[0]} is gone; what was running there is tried again" in said, said
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_another_machine_must_have_the_same_device(cluster):
     import torch
@@ -172,6 +175,7 @@ def test_another_machine_must_have_the_same_device(cluster):
         pick_node(0, 1, {"node": "far/12345678", "name": "Abacus", "threads": 1}, said.append)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_node_that_an_autoscaler_has_yet_to_start_is_waited_for(cluster, monkeypatch):
     monkeypatch.setattr("sweeps.placement.PATIENCE_SECONDS", 1)

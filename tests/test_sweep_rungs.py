@@ -467,6 +467,7 @@ def test_the_report_counts_stopped_trials_and_has_none_on_its_front(rungs):
     assert "stopped" in status.output, status.output
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_started_again_nothing_is_repeated_and_a_cut_search_goes_on_by_the_same_rungs(rungs, tmp_path):
     folder, _ = rungs
@@ -493,6 +494,7 @@ def test_started_again_nothing_is_repeated_and_a_cut_search_goes_on_by_the_same_
     check_stops(records, {"bp": 1, "ldb": 2})
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_real_sweep_with_two_objectives_measures_points_of_the_trade_off(ray, tmp_path):
     (tmp_path / "nsga2.yaml").write_text(NSGA2)
