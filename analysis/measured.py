@@ -168,8 +168,7 @@ def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Grou
 
 def _workers(runs: pd.DataFrame) -> pd.Series:
     """Devices of every run; 1 in records from before there could be more."""
-    found = runs["workers"] if "workers" in runs else 1.0
-    return pd.Series(found, index=runs.index, dtype=float).fillna(1.0)
+    return pd.Series(runs.get("workers", 1.0), index=runs.index, dtype=float).fillna(1.0)
 
 
 def left_out(results: Results, groups: Iterable[Group]) -> dict[str, int]:
