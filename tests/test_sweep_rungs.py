@@ -411,6 +411,7 @@ def check_stops(records, period):
             assert end.epochs_done == (6 if expected == "finished" else period[arm]), f"{end}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_real_sweep_stops_laggards_and_measures_full_trials(rungs):
     folder, result = rungs
@@ -442,6 +443,7 @@ def test_a_real_sweep_stops_laggards_and_measures_full_trials(rungs):
     assert sweep.config["sampler"]["class"] == "TPESampler", f"{sweep.config}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_samplers_log_agrees_with_the_records(rungs):
     folder, _ = rungs
@@ -454,6 +456,7 @@ def test_the_samplers_log_agrees_with_the_records(rungs):
     assert sorted(asked) == [(arm, i) for arm in ("bp", "ldb") for i in range(5)], f"asked {asked}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_report_counts_stopped_trials_and_has_none_on_its_front(rungs):
     folder, result = rungs
