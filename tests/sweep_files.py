@@ -1,9 +1,13 @@
 """Small sweeps and records for the tests of `sweeps`."""
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 from fastbp.record import EpochRecord, RunRecord, SweepRecord
+from sweeps.cli import app
 from sweeps.plan import load_plan
 
 TOY = """\
@@ -16,6 +20,12 @@ arms:
 search: {trials: 3, epochs: 1}
 measure: {seeds: [0, 1, 2]}
 """
+
+
+def invoke(folder, *arguments):
+    """Run the command line of sweeps in a folder."""
+    with contextlib.chdir(folder):
+        return CliRunner().invoke(app, list(arguments))
 
 
 def plan_of(folder: Path, text: str = TOY):

@@ -3,14 +3,12 @@
 import csv
 import os
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from typer.testing import CliRunner
 
 from fastbp.record import RunRecord, SweepRecord, read_records
-from sweeps.cli import app
+from sweep_files import invoke
 from sweeps.cluster import ray_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
@@ -30,15 +28,6 @@ ablate:
 """
 CELLS = {"bp": 2, "both": 2, "both/without-dbp": 2, "both/without-ldb": 2,
          "both/recipe.lr=0.001": 1, "both/recipe.lr=0.1": 1}  # fmt: skip
-
-
-def invoke(folder, *arguments):
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
-        return CliRunner().invoke(app, list(arguments))
-    finally:
-        os.chdir(here)
 
 
 @pytest.fixture(scope="module")

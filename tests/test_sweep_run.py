@@ -2,14 +2,12 @@
 
 import os
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from typer.testing import CliRunner
 
 from fastbp.record import EpochRecord, RunRecord, read_records
-from sweeps.cli import app
+from sweep_files import invoke
 from sweeps.cluster import ray_session
 from sweeps.ledger import Ledger
 
@@ -37,16 +35,6 @@ def ray():
         yield
     if before is not None:
         os.environ["RAY_ADDRESS"] = before
-
-
-def invoke(folder, *arguments):
-    """Run the command line in a folder."""
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
-        return CliRunner().invoke(app, list(arguments))
-    finally:
-        os.chdir(here)
 
 
 @pytest.fixture(scope="module")

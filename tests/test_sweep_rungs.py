@@ -7,16 +7,13 @@ import random
 import shutil
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from fastbp import DecorrelatedBP, LayerDropBack
 from fastbp.record import EpochRecord, RunRecord, SweepRecord, read_records
-from sweep_files import TOY, ended, plan_of
+from sweep_files import TOY, ended, invoke, plan_of
 from sweeps.choose import chosen_trials
-from sweeps.cli import app
 from sweeps.cluster import ray_session
 from sweeps.ledger import Ledger
 from sweeps.mlflow_tree import Tree
@@ -370,15 +367,6 @@ def ray():
         yield
     if before is not None:
         os.environ["RAY_ADDRESS"] = before
-
-
-def invoke(folder, *arguments):
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
-        return CliRunner().invoke(app, list(arguments))
-    finally:
-        os.chdir(here)
 
 
 def records_in(out):

@@ -22,6 +22,7 @@ Reference   Huo, Gu, Yang, Huang (ICML 2018), arXiv:1804.10574.
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -326,11 +327,13 @@ class DelayedEstimator(GradientEstimator):
         for module, queue in zip(self.modules, state["queues"], strict=True):
             module.load(queue)
 
+    @abstractmethod
     def inbox_state(self) -> list[Tensor | None]:
-        raise NotImplementedError
+        """The error signals under way: the gradient of a module's output, of its shape, or None; by module."""
 
+    @abstractmethod
     def load_inbox(self, inbox: list[Tensor | None]) -> None:
-        raise NotImplementedError
+        """Take up signals that `inbox_state` gave."""
 
     def finalize(self) -> nn.Module:
         for module in self.modules:
