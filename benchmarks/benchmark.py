@@ -1,8 +1,9 @@
-"""What the benchmark scripts share: an interval for a median, and where a number was made."""
+"""What the benchmark scripts share: an interval for a median, a verdict, and where a number was made."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,28 @@ def environment() -> dict[str, Any]:
         "git_commit": commit,
         "git_dirty": dirty,
     }
+
+
+def judge(
+    script: str, figures: dict[str, float], limits: dict[str, float], out: str, *, least: bool = False, places: int = 2
+) -> None:
+    """Print of every claim whether it holds; where one does not, end the process with a sentence and exit code 1.
+
+    Args:
+        script: the benchmark's name.
+        figures, limits: by claim; a figure that is no number keeps no limit.
+        out: where the figures are.
+        least: whether the limits are those that figures must reach, and not those that they must not pass.
+    """
+    bound, failed = "at least" if least else "at most", []
+    for name, value in figures.items():
+        holds = value >= limits[name] if least else value <= limits[name]
+        print(f"claim ({name} {bound} {limits[name]:g}): {'holds' if holds else 'does not hold'}, {value:.{places}f}")
+        if not holds:
+            failed.append(f"{name} is {value:.{places}f}, {bound} {limits[name]:g} is claimed")
+    if failed:
+        some = f"{len(failed)} of {len(figures)} claims do not hold"
+        sys.exit(f"{script}: {some}: {', '.join(failed)}; see {out}")
 
 
 def write_json(path: str, content: dict[str, Any]) -> None:

@@ -9,14 +9,9 @@ import torch
 from torch import nn
 
 from fastbp import DDG, Backprop, DecorrelatedBP
-from fastbp.methods.decorrelated import (
-    Decorrelation,
-    decorrelation_loss,
-    decorrelation_of,
-    input_rows,
-    top_eigenvalue,
-    update_direction,
-)
+from fastbp.layer_inputs import input_rows
+from fastbp.methods.decorrelated import decorrelation_of
+from fastbp.whitening import Decorrelation, Layout, Rule, decorrelation_loss, top_eigenvalue, update_direction
 from reference import decorrelated as twin
 
 F64 = torch.float64
@@ -64,6 +59,15 @@ def rows_of(covariance):
 def second_moment(covariance, D):
     R = torch.eye(len(covariance), dtype=F64) + D
     return R @ covariance @ R.T
+
+
+def matrix_of(width, groups=1):
+    return Decorrelation(Layout(groups, 1, width, 1), torch.zeros(1, dtype=F64))
+
+
+def whiten(matrix, rows, decor_lr, kappa):
+    rule = Rule(decor_lr, kappa)
+    matrix.D = rule.next_D(matrix.D, rule.direction(rows, matrix.D), None)
 
 
 # --- trajectories -----------------------------------------------------------------------------------------------
@@ -123,7 +127,7 @@ def test_gradient_goes_through_R():  # I2, I3
             gW = layer.parametrizations.weight.original.grad
             torch.testing.assert_close(gW, (gA @ R.mT).reshape(gW.shape), rtol=1e-13, atol=1e-15)
     W = torch.randn(4, 2, 3, dtype=F64, requires_grad=True)
-    matrix = Decorrelation(2, 6, W)
+    matrix = Decorrelation(Layout(2, 1, 6, 1), W)
     matrix.D = torch.randn(2, 6, 6, dtype=F64)
     assert torch.autograd.gradcheck(matrix, (W,)), "gradcheck of W R"
 
@@ -136,7 +140,7 @@ def test_gradient_goes_through_R():  # I2, I3
 def test_update_equals_the_explicit_matrix(n, kappa):  # I5, I12
     torch.manual_seed(n)
     rows, D = torch.randn(2, n, 8, dtype=F64), 0.5 * torch.randn(2, 8, 8, dtype=F64)
-    got = update_direction(rows, D, kappa)
+    got = update_direction(rows, D, 1 - kappa, kappa)
     for g in range(2):
         R = torch.eye(8, dtype=F64) + D[g]
         z = rows[g] @ R.T
@@ -156,9 +160,9 @@ CLOSED_FORM = {
 @pytest.mark.parametrize(("kappa", "steps"), CLOSED_FORM)
 def test_closed_form_table(kappa, steps):
     covariance = torch.tensor([[1, 0.9], [0.9, 1]], dtype=F64)
-    matrix = Decorrelation(1, 2, torch.zeros(1, 2, dtype=F64))
+    matrix = matrix_of(2)
     for _ in range(steps):
-        matrix.whiten(rows_of(covariance), 0.1, kappa)
+        whiten(matrix, rows_of(covariance), 0.1, kappa)
     K = second_moment(covariance, matrix.D[0])
     got = [1 + matrix.D[0, 0, 0].item(), matrix.D[0, 0, 1].item(), K[0, 0].item(), K[0, 1].item()]
     for value, text in zip(got, CLOSED_FORM[kappa, steps].split(), strict=True):
@@ -179,7 +183,7 @@ def test_decorrelation_never_raises_and_keeps_the_volume():  # I6
     covariance, drifts = toeplitz(16, 0.8), []
     rows = rows_of(covariance)
     for eps in (4e-3, 2e-3):
-        matrix = Decorrelation(1, 16, torch.zeros(1, 16, dtype=F64))
+        matrix = matrix_of(16)
         last = (math.inf, math.inf)
         for t in range(300):
             K = second_moment(covariance, matrix.D[0])
@@ -187,7 +191,7 @@ def test_decorrelation_never_raises_and_keeps_the_volume():  # I6
             assert now[0] <= last[0], f"step {t}: |C| rises from {last[0]} to {now[0]}"
             assert now[1] <= last[1], f"step {t}: trace K rises from {last[1]} to {now[1]}"
             last = now
-            matrix.whiten(rows, eps, 0.0)
+            whiten(matrix, rows, eps, 0.0)
         drifts.append(torch.linalg.slogdet(torch.eye(16, dtype=F64) + matrix.D[0])[1].item())
     per_time = drifts[0] / drifts[1]
     assert drifts[0] < 0, f"log det R drifts by {drifts}"
@@ -199,8 +203,8 @@ def test_rates_near_whiteness():  # I7
     eps, kappa = 0.01, 0.2
     E = 1e-6 * torch.randn(5, 5, dtype=F64, generator=torch.Generator().manual_seed(0))
     covariance = torch.eye(5, dtype=F64) + E + E.T
-    matrix = Decorrelation(1, 5, torch.zeros(1, 5, dtype=F64))
-    matrix.whiten(rows_of(covariance), eps, kappa)
+    matrix = matrix_of(5)
+    whiten(matrix, rows_of(covariance), eps, kappa)
     before, after = covariance - torch.eye(5), second_moment(covariance, matrix.D[0]) - torch.eye(5)
     ratio = after / before
     off = ratio[~torch.eye(5, dtype=torch.bool)]
@@ -214,9 +218,9 @@ def test_limits():  # I8
     rows = rows_of(covariance)
     values, vectors = torch.linalg.eigh(covariance)
     for kappa in (0.5, 0.2, 0.0):
-        matrix = Decorrelation(1, 4, torch.zeros(1, 4, dtype=F64))
+        matrix = matrix_of(4)
         for _ in range(4000):
-            matrix.whiten(rows, 0.05 if kappa else 0.005, kappa)
+            whiten(matrix, rows, 0.05 if kappa else 0.005, kappa)
         K, R = second_moment(covariance, matrix.D[0]), torch.eye(4, dtype=F64) + matrix.D[0]
         if kappa == 0.5:
             root = vectors @ torch.diag(values**-0.5) @ vectors.T
@@ -237,9 +241,9 @@ def test_stability_bound_and_its_warning():  # I9
     assert abs(top - 31.5) < 1e-6, f"top eigenvalue {top}, not 31.5"
 
     def off_diagonal(step, updates):
-        matrix = Decorrelation(1, 64, torch.zeros(1, 64, dtype=F64))
+        matrix = matrix_of(64)
         for _ in range(updates):
-            matrix.whiten(rows, step / 31.5, 0.0)
+            whiten(matrix, rows, step / 31.5, 0.0)
         K = second_moment(covariance, matrix.D[0])
         return (K - K.diagonal().diag()).norm().item(), matrix.D[0]
 
@@ -395,7 +399,7 @@ def test_a_layer_called_twice_learns_from_both_calls():
     x = torch.randn(5, 3, dtype=F64)
     rows = torch.cat([x, torch.tanh(model.layer(x)).detach()])[None]
     DecorrelatedBP(decor_lr=0.1, kappa=0.2, sample_fraction=1.0).bind(model, nn.functional.mse_loss).backward(x, x)
-    want = -0.1 * update_direction(rows, torch.zeros(1, 3, 3, dtype=F64), 0.2)
+    want = -0.1 * update_direction(rows, torch.zeros(1, 3, 3, dtype=F64), 0.8, 0.2)
     torch.testing.assert_close(decorrelation_of(model.layer).D, want, rtol=1e-12, atol=1e-13)
 
 
@@ -407,7 +411,7 @@ def test_interval():
         before = decorrelation_of(model[0]).D
         estimator.backward(x, y)
         changes.append(not torch.equal(before, decorrelation_of(model[0]).D))
-    assert changes == [t % 4 == 0 for t in range(9)], f"R moved in steps {changes}"
+    assert changes == [t % 4 == 3 for t in range(9)], f"R moved in steps {changes}"
 
 
 # --- surgery ----------------------------------------------------------------------------------------------------
@@ -524,10 +528,10 @@ def test_white_input_noise_floor():  # I10
     """Sampling noise keeps off-diagonals of the true K at sqrt(eps (1-kappa) / n)."""
     torch.manual_seed(0)
     eps, n, kappa, width = 0.05, 50, 0.5, 16
-    matrix, squares = Decorrelation(1, width, torch.zeros(1, width, dtype=F64)), []
+    matrix, squares = matrix_of(width), []
     off = ~torch.eye(width, dtype=torch.bool)
     for t in range(700):
-        matrix.whiten(torch.randn(1, n, width, dtype=F64), eps, kappa)
+        whiten(matrix, torch.randn(1, n, width, dtype=F64), eps, kappa)
         if t >= 200:
             squares.append(second_moment(torch.eye(width, dtype=F64), matrix.D[0])[off].square().mean())
     rms = torch.stack(squares).mean().sqrt().item()
