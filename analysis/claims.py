@@ -20,9 +20,17 @@ from analysis.targets import group_curves, target_speed_up, target_times
 
 PUBLISHED = Path(__file__).parent / "published" / "claims.toml"
 MIN_SEEDS = 3
+MIN_TARGET_SEEDS = 5  # a median over seeds: below five its interval, the range, covers less than 94 %
 
 Verdict = Literal["confirmed", "contradicted", "not enough data", "not comparable"]
 METRICS = ("seconds_ratio", "target_ratio", "accuracy_difference")
+_CONDITIONS: dict[str, tuple[type, str]] = {
+    "data": (list, "a list of names"),
+    "model": (list, "a list of names"),
+    "device": (str, "a text"),
+    "devices": (int, "a whole number"),
+    "settings": (dict, "a table"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,33 @@ class Claim:
     where: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("id", "method", "text", "source"):
+            if not isinstance(getattr(self, name), str):
+                raise ReportError(f"claim {self.id}: {name} is {getattr(self, name)!r:.80}, expected a text")
         if self.metric not in METRICS:
             raise ReportError(f"claim {self.id}: metric {self.metric!r} is none of {', '.join(METRICS)}")
-        if sum(bound is not None for bound in (self.at_most, self.at_least, self.above)) != 1:
+        bounds = [bound for bound in (self.at_most, self.at_least, self.above) if bound is not None]
+        if len(bounds) != 1:
             raise ReportError(f"claim {self.id}: give one of at_most, at_least and above")
+        if isinstance(bounds[0], bool) or not isinstance(bounds[0], int | float) or not math.isfinite(bounds[0]):
+            raise ReportError(f"claim {self.id}: the bound is {bounds[0]!r:.80}, expected a number")
+        self._check_where()
+
+    def _check_where(self) -> None:
+        if not isinstance(self.where or {}, dict):
+            raise ReportError(f"claim {self.id}: where is {self.where!r:.80}, expected a table")
+        for name, value in (self.where or {}).items():
+            if name not in _CONDITIONS:
+                raise ReportError(f"claim {self.id}: where has no {name!r:.80}; known are {', '.join(_CONDITIONS)}")
+            kind, expected = _CONDITIONS[name]
+            names = value if isinstance(value, list) else []
+            if not isinstance(value, kind) or isinstance(value, bool) or any(not isinstance(n, str) for n in names):
+                raise ReportError(f"claim {self.id}: where.{name} is {value!r:.80}, expected {expected}")
+
+    @property
+    def min_seeds(self) -> int:
+        """Paired seeds below which nothing is decided."""
+        return MIN_TARGET_SEEDS if self.metric == "target_ratio" else MIN_SEEDS
 
     @property
     def bound(self) -> str:
@@ -74,15 +105,17 @@ def load_claims(path: Path = PUBLISHED) -> list[Claim]:
     """The claims of a file.
 
     Raises:
-        ReportError: the file is missing, no TOML, or a claim has a wrong key.
+        ReportError: the file is missing, no TOML, has no claim, or a claim has a wrong key or value.
     """
     try:
-        entries = tomllib.loads(path.read_text(encoding="utf-8")).get("claim", [])
+        entries = tomllib.loads(path.read_text(encoding="utf-8")).get("claim")
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ReportError("there is no [[claim]]; write one as in analysis/published/claims.toml")
         return [Claim(**entry) for entry in entries]
     except OSError as error:
         raise ReportError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, TypeError) as error:
-        raise ReportError(f"{path}: {error}") from error
+    except (ValueError, TypeError, RecursionError, ReportError) as error:  # no TOML, no text, a wrong key or value
+        raise ReportError(f"{path}: {str(error).replace('Claim.__init__() ', '')}") from error
 
 
 def verdict(claim: Claim, estimate: Estimate) -> Verdict:
@@ -91,7 +124,7 @@ def verdict(claim: Claim, estimate: Estimate) -> Verdict:
     >>> verdict(Claim("c", "ldb", "", "", "seconds_ratio", at_most=0.8), Estimate(0.7, 0.65, 0.75, n=5))
     'confirmed'
     """
-    if estimate.n < MIN_SEEDS or estimate.low is None or estimate.high is None:
+    if estimate.n < claim.min_seeds or estimate.low is None or estimate.high is None:
         return "not enough data"
     if claim.at_most is not None:
         inside, outside = estimate.high <= claim.at_most, estimate.low > claim.at_most
@@ -113,7 +146,8 @@ def mismatch(claim: Claim, group: Group, arm: Arm) -> str:
     device = run["device"]
     if where.get("device") not in (None, device.get("type")):
         return f"device is {device.get('type')}, not {where['device']}"
-    if where.get("devices", 1) > (device.get("count") or 1):
+    count = device.get("count")
+    if where.get("devices", 1) > (count if isinstance(count, int) else 1):
         return f"one device, not {where['devices']}"
     for name, wanted in (where.get("settings") or {}).items():
         if arm.values.get(name) != wanted:
@@ -130,7 +164,7 @@ def claim_table(group: Group, results: Results, claims: Sequence[Claim]) -> Tabl
         if arm.family == claim.method and arm.role == "method" and arm.n
     ]
     columns = (
-        Column("claim", "published claim"),
+        Column("claim", "claim"),
         Column("verdict", "verdict"),
         Column("measured", "measured here", "number"),
         Column("bound", "bound"),
@@ -139,11 +173,12 @@ def claim_table(group: Group, results: Results, claims: Sequence[Claim]) -> Tabl
         Column("source", "source"),
     )
     caption = (
-        "Bounds are the papers' own figures; ratios are arm over backprop, paired by seed, with 95 % intervals. A "
+        "Bounds are the claims' own figures; ratios are arm over backprop, paired by seed, with 95 % intervals. A "
         f"claim is confirmed or contradicted only where the whole interval lies on one side, with at least {MIN_SEEDS} "
-        "seeds; a measurement on other data, models or devices than the claim's is not comparable."
+        f"seeds ({MIN_TARGET_SEEDS} for times to a target, whose median needs them); not corrected for the number of "
+        "claims. A measurement on other data, models or devices than the claim's is not comparable."
     )
-    return Table("claims", "What the papers claim, and what was measured here", caption, columns, rows)
+    return Table("claims", "What is claimed, and what was measured here", caption, columns, rows)
 
 
 def _row(claim: Claim, group: Group, arm: Arm, results: Results) -> dict[str, Any]:
@@ -152,8 +187,8 @@ def _row(claim: Claim, group: Group, arm: Arm, results: Results) -> dict[str, An
     said: Verdict = "not comparable" if why else verdict(claim, estimate)
     if said == "not enough data":
         why = "the interval contains the bound"
-        if estimate.n < MIN_SEEDS:
-            why = f"{estimate.n} paired seeds, at least {MIN_SEEDS} are needed"
+        if estimate.n < claim.min_seeds:
+            why = f"{estimate.n} paired seeds, at least {claim.min_seeds} are needed"
         elif estimate.low is None:
             why = "a pair of runs both missed the target"
     return {
@@ -168,22 +203,14 @@ def _row(claim: Claim, group: Group, arm: Arm, results: Results) -> dict[str, An
     }
 
 
-def _inverse(speed: Callable[[Group, Arm, Results], Estimate]) -> Callable[[Group, Arm, Results], Estimate]:
-    """A time ratio, arm over baseline, from a speed-up; a speed-up of 0 is a target that was never reached."""
-
-    def ratio(group: Group, arm: Arm, results: Results) -> Estimate:
-        one = speed(group, arm, results)
-        if one.value is None:
-            return one
-        ends = (one.value, one.high, one.low)
-        value, low, high = (None if x is None else math.inf if x == 0 else 1 / x for x in ends)
-        return Estimate(value, low, high, one.n)
-
-    return ratio
-
-
-def _speed_up(group: Group, arm: Arm, results: Results) -> Estimate:
-    return speed_up(group, arm)
+def _seconds_ratio(group: Group, arm: Arm, results: Results) -> Estimate:
+    """Training seconds over the baseline's, paired by seed."""
+    speed = speed_up(group, arm)
+    if speed.value is None:
+        return speed
+    ends = (speed.value, speed.high, speed.low)
+    value, low, high = (None if x is None else math.inf if x == 0 else 1 / x for x in ends)
+    return Estimate(value, low, high, speed.n)
 
 
 def _accuracy_difference(group: Group, arm: Arm, results: Results) -> Estimate:
@@ -204,7 +231,7 @@ def _target_ratio(group: Group, arm: Arm, results: Results) -> Estimate:
 
 
 _MEASURES: dict[str, Callable[[Group, Arm, Results], Estimate]] = {
-    "seconds_ratio": _inverse(_speed_up),
-    "target_ratio": _inverse(_target_ratio),
+    "seconds_ratio": _seconds_ratio,
+    "target_ratio": _target_ratio,
     "accuracy_difference": _accuracy_difference,
 }

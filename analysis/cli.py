@@ -16,13 +16,13 @@ from rich.table import Table as RichTable
 from rich.text import Text
 from typer.core import TyperGroup
 
+from analysis.code_versions import code_warning
 from analysis.diff import Diff, diff, write_diff
 from analysis.embed import embed
 from analysis.errors import ReportError
 from analysis.measured import Group
 from analysis.merge import merge
 from analysis.report import Report, build, write
-from analysis.summary import answer
 from analysis.table import Column, Table, header, text
 
 REPORT = "SOURCE..."  # the command without a name, as it is listed in the help
@@ -65,6 +65,10 @@ def report(
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Accept unlike hardware or software, one section for each.")
     ] = False,
+    claims: Annotated[
+        Path | None,
+        typer.Option("--claims", help="TOML file of claims to judge beside the published ones."),
+    ] = None,
     into: Annotated[
         Path | None,
         typer.Option("--into", help="Also put answer and Pareto table into this Markdown file, between its marks."),
@@ -73,7 +77,7 @@ def report(
 ) -> None:
     """Report accuracy against training time: Pareto front, time to target, control split, counts."""
     with _one_sentence():
-        write_report(sources, out, allow_mixed=allow_mixed, into=into, tracking_uri=tracking_uri)
+        write_report(sources, out, allow_mixed=allow_mixed, into=into, tracking_uri=tracking_uri, claims=claims)
 
 
 @app.command("diff")
@@ -127,13 +131,14 @@ def write_report(
     console: Console | None = None,
     into: Path | None = None,
     tracking_uri: str | None = None,
+    claims: Path | None = None,
 ) -> Path:
     """Write the report, print its Pareto tables and where it is; returns the path of the HTML page.
 
     Raises:
         ReportError: the sources cannot be read or compared, or the folder cannot be written.
     """
-    made = build(sources, allow_mixed=allow_mixed, tracking_uri=tracking_uri)
+    made = build(sources, allow_mixed=allow_mixed, tracking_uri=tracking_uri, claims=claims)
     page = write(made, out)
     if into is not None:
         embed(made, into)
@@ -149,8 +154,16 @@ def print_report(made: Report, console: Console) -> None:
         for table in section.tables:
             if table.name == "pareto":  # there is none where only ablations were run
                 console.print(_rich_table(section.group, table))
-        console.print(Text(answer(section.group).headline))
+        console.print(Text(section.answer.headline))
+        if warning := code_warning(section.group):
+            console.print(Text(f"note: {warning}"))
         console.print()
+    if made.across_tasks:
+        console.print(Text(made.across_tasks))
+        console.print()
+    for table in made.overview:
+        if table.name == "contaminated":
+            console.print(_plain_table(table))
     if not made.sections:
         console.print("No measured runs: only a `measure` part gives times that can be compared.")
     runs = made.results.runs["status"].value_counts()
@@ -191,22 +204,24 @@ def _rich_table(group: Group, pareto: Table) -> RichTable:
     return out
 
 
+def _plain_table(table: Table) -> RichTable:
+    """All shown columns, intervals under their values; controls dim."""
+    out = RichTable(title=Text(table.title), **_STYLE)
+    for column in table.shown:
+        out.add_column(Text(header(column)), justify="left" if column.kind == "text" else "right", overflow="fold")
+    for row in table.rows:
+        cells = (Text(_interval_below(cell)) for cell in table.cells(row))
+        out.add_row(*cells, style="dim" if row.get("role") == "control" else None)
+    return out
+
+
 def print_diff(made: Diff, console: Console) -> None:
     """All tables, intervals under their values, then what to know."""
     for side, name, runs in zip("AB", made.names, made.runs, strict=True):
         console.print(Text(f"{side}: {name}, {runs} runs"), soft_wrap=True)
     for table in made.tables:
-        out = RichTable(**_STYLE)
-        for column in table.shown:
-            is_text = column.kind == "text"
-            out.add_column(Text(header(column)), justify="left" if is_text else "right", overflow="fold")
-        for row in table.rows:
-            out.add_row(
-                *(Text(_interval_below(cell)) for cell in table.cells(row)),
-                style="dim" if row.get("role") == "control" else None,
-            )
-        console.print(Text(f"\n{table.title}", style="bold"))
-        console.print(out)
+        console.print()
+        console.print(_plain_table(table))
         if table.caption:
             console.print(Text(table.caption))
     for note in made.notes:

@@ -22,6 +22,7 @@ from analysis.knobs import Knob, figure_names
 from analysis.labels import Style, shortened
 from analysis.measured import Arm, Group
 from analysis.profiles import MAX_FACTOR, TICKS, Profile, profile_curves
+from analysis.shades import arm_styles
 from analysis.tables import front
 
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ def figures(group: Group, epochs: pd.DataFrame, styles: dict[str, Style]) -> Ite
     """File names and contents of the figures of one group; none where nothing was measured."""
     if not group.candidates:
         return
+    drawn = arm_styles(group, styles)
     for name, draw in (
-        ("pareto", lambda a: _pareto(a, group, styles)),
-        ("curves", lambda a: _curves(a, group, epochs, styles)),
+        ("pareto", lambda a: _pareto(a, group, drawn)),
+        ("curves", lambda a: _curves(a, group, epochs, drawn)),
     ):
         yield from _saved(f"{name}-{group.slug}", group.title, [draw])
 
@@ -73,11 +75,12 @@ def dose_figures(doses: Sequence[Dose], slug: str, styles: dict[str, Style]) -> 
 
 def profile_figure(found: Profile, styles: dict[str, Style]) -> Iterator[tuple[str, bytes]]:
     """Performance profile: share of the tasks within a factor of the best, with the band of the samples."""
+    drawn = arm_styles(found.tasks[0].group, styles)
 
     def draw(axes: Axes) -> None:
         factors, curves = profile_curves(found)
         for (name, arms), curve in zip(found.arms.items(), curves, strict=True):
-            color = styles[arms[0].family].light
+            color = drawn[arms[0]].light
             shares, low, high = np.array(curve).T
             axes.fill_between(factors, low, high, step="post", color=color, alpha=0.12, linewidth=0)
             axes.step(factors, shares, where="post", color=color, linewidth=2, label=f" {shortened(name)}")
@@ -131,13 +134,13 @@ def _knob(axes: Axes, knob: Knob, style: Style) -> None:
     axes.legend(fontsize=7, frameon=True, framealpha=0.7, edgecolor="none")
 
 
-def _pareto(axes: Axes, group: Group, styles: dict[str, Style]) -> None:
+def _pareto(axes: Axes, group: Group, drawn: dict[Arm, Style]) -> None:
     """Points with 95 % intervals; controls hollow; the front as a step line; the band of the seeds' fronts."""
     for arm in group.arms:
         seconds, accuracy = group.seconds(arm), group.accuracy(arm)
         if seconds.value is None or accuracy.value is None:
             continue
-        style = styles[arm.family]
+        style = drawn[arm]
         hollow = arm.role == "control"
         axes.errorbar(
             seconds.value,
@@ -192,10 +195,10 @@ def steps(group: Group) -> tuple[list[float], list[float]]:
     return x, y
 
 
-def _curves(axes: Axes, group: Group, epochs: pd.DataFrame, styles: dict[str, Style]) -> None:
+def _curves(axes: Axes, group: Group, epochs: pd.DataFrame, drawn: dict[Arm, Style]) -> None:
     """One thin line per run, one thick line per arm."""
     for arm in group.arms:
-        style, hollow = styles[arm.family], arm.role == "control"
+        style, hollow = drawn[arm], arm.role == "control"
         runs = [run * (1, 100) for run in run_curves(arm, epochs)]
         axes.add_collection(LineCollection(runs, colors=style.light, linewidths=0.6, alpha=0.35))
         mean = mean_curve(arm, epochs)

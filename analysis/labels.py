@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -24,15 +25,18 @@ _FIXED = {
     "dbp": Style("#c24e00", "#ff8f4a", "^"),
     "highway": Style("#00805e", "#2ec99c", "D"),
     "ddg": Style("#a8408a", "#e592c4", "v"),
+    "dbp+ldb": Style("#8a6400", "#f0c04a", "P"),
+    "ldb+dbp": Style("#5b4bb5", "#a99cf5", "X"),
+    "dbp+highway": Style("#a01c3a", "#f2718d", "<"),
+    "ldb+highway": Style("#4c7a12", "#a5d65a", ">"),
+    "dbp+ddg": Style("#1d7a8a", "#63cfe0", "p"),
+    "ldb+ddg": Style("#7d5a4a", "#cfa692", "h"),
+    "dbp+ldb+highway": Style("#2f3fa0", "#8fa0ff", "*"),
+    "ldb+dbp+highway": Style("#5f6100", "#d2d65a", "d"),
+    "dbp+ldb+ddg": Style("#1f5c2e", "#7fd08f", "8"),
+    "ldb+dbp+ddg": Style("#7a2fa8", "#cf97f2", "H"),
 }
-_OTHERS = (
-    Style("#8a6400", "#f0c04a", "P"),
-    Style("#5b4bb5", "#a99cf5", "X"),
-    Style("#a01c3a", "#f2718d", "<"),
-    Style("#4c7a12", "#a5d65a", ">"),
-    Style("#1d7a8a", "#63cfe0", "p"),
-    Style("#7d5a4a", "#cfa692", "h"),
-)
+_OTHERS = tuple(_FIXED.values())[5:]
 
 
 def family(method: dict[str, Any]) -> str:
@@ -48,9 +52,17 @@ def family(method: dict[str, Any]) -> str:
 
 
 def styles(families: Iterable[str]) -> dict[str, Style]:
-    """One style per family: always the same for the five methods, in alphabetical order for others."""
-    others = sorted(set(families) - set(_FIXED))
-    return {**_FIXED, **{name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}}
+    """One style per family, the same in every report: fixed for the five methods and their combinations.
+
+    That of any other follows from its name alone: hue and marker apart, so that two of them seldom look alike.
+    """
+    return _FIXED | {name: _named(name) for name in sorted(set(families) - set(_FIXED))}
+
+
+def _named(name: str) -> Style:
+    number = zlib.crc32(name.encode("utf-8", "replace"))
+    hue, marker = _OTHERS[number % len(_OTHERS)], _OTHERS[number // len(_OTHERS) % len(_OTHERS)]
+    return Style(hue.light, hue.dark, marker.marker)
 
 
 def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -126,7 +138,22 @@ def stratum(device: dict[str, Any], software: dict[str, Any]) -> str:
     text += f", {threads} thread{'' if threads == 1 else 's'}" if threads is not None else ""
     text += f", torch {software.get('torch') or 'of unknown version'}"
     text += f", CUDA {software['cuda']}" if software.get("cuda") else ""
+    text += f", cuDNN {_cudnn(software['cudnn'])}" if software.get("cudnn") else ""
     if software.get("matmul_precision") not in (None, "highest"):  # torch's defaults go without saying
         text += f", {software['matmul_precision']} matmul precision"
+    if software.get("cudnn_tf32") is False and kind.lower() != "cpu":
+        text += ", no TF32 in cuDNN"
     text += ", cuDNN benchmark" if software.get("cudnn_benchmark") else ""
     return text + (", deterministic" if software.get("deterministic") else "")
+
+
+def _cudnn(version: Any) -> str:
+    """torch's number of the version as people write it.
+
+    >>> _cudnn(91002), _cudnn(8902)
+    ('9.10.2', '8.9.2')
+    """
+    if not isinstance(version, int) or version < 1000:
+        return plain(version)
+    thousand = 10_000 if version >= 90_000 else 1000
+    return f"{version // thousand}.{version % thousand // 100}.{version % 100}"

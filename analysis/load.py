@@ -172,6 +172,7 @@ class Runs:
             frame[name] = frame[name].astype("int64" if name in columns.WHOLE else "float64")
         for name in columns.RUN_TEXTS:
             frame[name] = frame[name].astype("str")
+        frame["exclusive"] &= ~frame["reason"].str.startswith(columns.SHARED)  # once only the remark said so
         for name in columns.RUN_MAPPINGS:
             frame[name] = pd.Series(_shared([row[name] for row in rows]), index=frame.index, dtype=object)
         order = ["sweep", "phase", "arm", "role", "seed", "run_key"]

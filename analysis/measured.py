@@ -29,6 +29,7 @@ class Arm:
         setting: short label of the method with the settings in which the arms of its family differ.
         timed: measured alone, not resumed, finished; one row per seed, index = seed. All that has times.
         tried: the same without the condition `finished`; what did not reach a target is counted from here.
+        shared: how many runs finished beside other programs, and are in neither.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Arm:
     values: dict[str, Any]
     timed: pd.DataFrame
     tried: pd.DataFrame
+    shared: int = 0
 
     def at(self, column: str, seeds: Iterable[int]) -> np.ndarray:
         """(seeds,) values of a column, NaN for a seed without a timed run."""
@@ -212,7 +214,9 @@ def _arms(runs: pd.DataFrame, results: Results) -> tuple[Arm, ...]:
         name += " (control)" if role == "control" else ""
         family = labels.family(part["method"].iloc[0])
         tried, timed = _usable(part)
-        arms.append(Arm(name, sweep, arm, role, family, labels.label(family, own, knobs[family]), own, timed, tried))
+        shared = count(~part["exclusive"] & (part["status"] == "finished"))
+        setting = labels.label(family, own, knobs[family])
+        arms.append(Arm(name, sweep, arm, role, family, setting, own, timed, tried, shared))
     return tuple(arms)
 
 
@@ -227,7 +231,8 @@ def _knobs(results: Results, measured: list[dict[str, Any]]) -> dict[str, list[s
 
 def _usable(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """`tried` and `timed` of an arm; a seed that is repeated is no second sample."""
-    tried = where(runs, runs["exclusive"] & ~runs["resumed"] & (runs["status"] != "running"))
+    alone = runs["exclusive"] | (runs["status"] != "finished")  # a run that diverged did so in any company
+    tried = where(runs, alone & ~runs["resumed"] & (runs["status"] != "running"))
     tried = tried.sort_values("status", key=lambda s: s != "finished", kind="stable")
     tried = where(tried, ~tried["seed"].duplicated()).set_index("seed").sort_index()
     return tried, where(tried, (tried["status"] == "finished") & known(tried["train_seconds"]))

@@ -80,12 +80,12 @@ def pareto_plot(group: Group, width: int, height: int) -> Plot:
     for arm, s, a in zip(shown, seconds, scores, strict=True):
         position = (x(s.value or 0), y(100 * (a.value or 0)))
         tip = point_tip(group, arm, on_front.get(arm.name))
-        marks.append(Mark(group.arms.index(arm), arm, *position, _bars(*position, s, a, x, y), tip))
+        marks.append(Mark(group.arms.index(arm), arm, *position, bars(*position, s, a, x, y), tip))
     corners = [(x(s), y(100 * a)) for s, a in zip(*steps(group), strict=True)]
     if corners:  # what lies below and to the right of the line is dominated
         corners = [(corners[0][0], y.start), *corners, (x.end, corners[-1][1])]
     outline, middle = ([(x(s), y(100 * a)) for s, a in line] for line in band(group, x.high, y.low / 100))
-    shown_marks = tuple(_labelled(marks, width))
+    shown_marks = tuple(labelled(marks, width))
     return Plot(group.title, width, height, x, y, shown_marks, path(corners), path(outline), path(middle))
 
 
@@ -132,11 +132,11 @@ def seeds(arm: Arm) -> str:
 CAP = 4  # pixels of the end of an interval bar to each side
 
 
-def _bars(left: float, top: float, seconds: Estimate, accuracy: Estimate, x: Axis, y: Axis) -> tuple[str, ...]:
+def bars(left: float, top: float, across: Estimate, accuracy: Estimate, x: Axis, y: Axis) -> tuple[str, ...]:
     """Paths of the intervals through a point, each with a cap at its ends."""
     out = []
-    if seconds.low is not None and seconds.high is not None:
-        low, high = x(seconds.low), x(seconds.high)
+    if across.low is not None and across.high is not None:
+        low, high = x(across.low), x(across.high)
         out.append(f"M{low:g},{top - CAP:g}v{2 * CAP}m0,{-CAP}H{high:g}m0,{-CAP}v{2 * CAP}")
     if accuracy.low is not None and accuracy.high is not None:
         low, high = y(100 * accuracy.low), y(100 * accuracy.high)
@@ -184,7 +184,7 @@ def path(corners: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{'L' if i else 'M'}{x:g},{y:g}" for i, (x, y) in enumerate(corners))
 
 
-def _labelled(marks: list[Mark], width: int) -> list[Mark]:
+def labelled(marks: list[Mark], width: int) -> list[Mark]:
     """Put names beside points, where one of four places is free of points and of other names."""
     if len(marks) > LABELLED:
         return marks

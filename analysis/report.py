@@ -12,9 +12,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from analysis import counts, plot, table, tables
 from analysis.ablation import Dose, ablation_tables, doses
+from analysis.across import across_sentence
 from analysis.attainment import attainment_table
-from analysis.claims import claim_table, load_claims
+from analysis.claims import Claim, claim_table, load_claims
 from analysis.comparisons import comparison_table
+from analysis.contaminated import contaminated_table
 from analysis.designs import designs
 from analysis.dose_plots import DosePlot, dose_plots
 from analysis.dose_plots import shown as drawn
@@ -29,7 +31,10 @@ from analysis.load import Results, load
 from analysis.measured import Arm, Group, left_out, measured_groups
 from analysis.profile_plot import profile_plot
 from analysis.profiles import Profile, profile_table, profiled
+from analysis.reading import HOW
+from analysis.resources import resource_plots, resource_table
 from analysis.response import Response, responses
+from analysis.shades import arm_styles
 from analysis.summary import Answer, answer
 from analysis.targets import target_table
 
@@ -47,6 +52,10 @@ MARKERS = {
     "X": "M0,-3L3.6,-6.6L6.6,-3.6L3,0L6.6,3.6L3.6,6.6L0,3L-3.6,6.6L-6.6,3.6L-3,0L-6.6,-3.6L-3.6,-6.6Z",
     "p": "M0,-7L6.7,-2.2L4.1,5.7H-4.1L-6.7,-2.2Z",
     "h": "M0,-7L6,-3.5V3.5L0,7L-6,3.5V-3.5Z",
+    "H": "M-3.5,-6H3.5L7,0L3.5,6H-3.5L-7,0Z",
+    "8": "M-2.7,-6.5H2.7L6.5,-2.7V2.7L2.7,6.5H-2.7L-6.5,2.7V-2.7Z",
+    "*": "M0,-7.6L1.8,-2.4L7.2,-2.3L2.9,0.9L4.5,6.1L0,3L-4.5,6.1L-2.9,0.9L-7.2,-2.3L-1.8,-2.4Z",
+    "d": "M0,-8L4.6,0L0,8L-4.6,0Z",
 }
 """matplotlib's marker to the same shape as an SVG path around the origin."""
 
@@ -66,6 +75,7 @@ class Section:
     pareto_plots: list[plot.Plot]
     curve_plots: list[plot.Plot]
     doses: list[Dose]
+    resource_plots: list[plot.Plot]
 
     @property
     def dose_plots(self) -> list[DosePlot]:
@@ -85,6 +95,17 @@ class Report:
     excluded: dict[str, int]
     styles: dict[str, Style]
 
+    @property
+    def across_tasks(self) -> str:
+        """One sentence over all sections; empty for one."""
+        return across_sentence([(section.group, section.answer) for section in self.sections])
+
+    @cached_property
+    def shades(self) -> dict[Arm, Style]:
+        """How arms are drawn whose method has several settings, where it is not as the method."""
+        drawn = [pair for section in self.sections for pair in arm_styles(section.group, self.styles).items()]
+        return {arm: style for arm, style in drawn if style != self.styles[arm.family]}
+
     @cached_property
     def profile_plots(self) -> list[plot.Plot]:
         """The performance profile for a desk and for a phone; none below two tasks."""
@@ -101,20 +122,33 @@ class Report:
         return list(figure_names(self.knobs))
 
 
-def build(sources: Iterable[str | Path], *, allow_mixed: bool = False, tracking_uri: str | None = None) -> Report:
+def build(
+    sources: Iterable[str | Path],
+    *,
+    allow_mixed: bool = False,
+    tracking_uri: str | None = None,
+    claims: Path | None = None,
+) -> Report:
     """Read and compute everything, write nothing.
+
+    Args:
+        allow_mixed: accept unlike hardware or software, one section for each.
+        tracking_uri: of MLflow experiments that are named without one.
+        claims: file of claims to judge beside the published ones.
 
     Raises:
         ReportError: the sources cannot be read or may not be compared.
     """
+    judged = [*load_claims(), *(load_claims(claims) if claims else [])]
     results = load(sources, tracking_uri=tracking_uri)
     groups = measured_groups(results, allow_mixed=allow_mixed)
     found, profile = list(knobs(results)), profiled(groups, results)
     with_ablations = [part for group in groups for part in (group, group.ablated) if part]
-    overview = [counts.summary_table(results), counts.search_table(results), knob_table(found)]
+    overview = [contaminated_table(results), counts.summary_table(results), counts.search_table(results)]
+    overview.append(knob_table(found))
     return Report(
         results,
-        [_section(group, results) for group in groups],
+        [_section(group, results, judged) for group in groups],
         [profile_table(profile)] if profile else [],
         [t for t in overview if t.rows],
         found,
@@ -124,7 +158,7 @@ def build(sources: Iterable[str | Path], *, allow_mixed: bool = False, tracking_
     )
 
 
-def _section(group: Group, results: Results) -> Section:
+def _section(group: Group, results: Results, claims: list[Claim]) -> Section:
     found = list(designs(group, results))
     made = [
         tables.pareto_table(group),
@@ -134,9 +168,10 @@ def _section(group: Group, results: Results) -> Section:
         ablation_table(group),
         factorial_table(group),
         tables.control_table(group),
-        claim_table(group, results, load_claims()),
+        claim_table(group, results, claims),
         comparison_table(group),
         attainment_table(group),
+        resource_table(group),
         tables.segment_table(group),
     ]
     shown = bool(group.candidates)
@@ -148,6 +183,7 @@ def _section(group: Group, results: Results) -> Section:
         [plot.pareto_plot(group, *size) for size in (WIDE, NARROW) if shown],
         [plot.curve_plot(group, results.epochs, *size) for size in (WIDE, NARROW) if shown],
         drawn(doses(found)),
+        resource_plots(group) if shown else [],
     )
 
 
@@ -209,6 +245,7 @@ def _render(template: str, report: Report, *, html: bool) -> bytes:
     environment = _environment(html)
     families = {name: i for i, name in enumerate(sorted(report.styles))}
     environment.globals |= {"markers": MARKERS, "families": families, "styles": report.styles, "shown_runs": SHOWN}
+    environment.globals |= {"shades": report.shades, "how": HOW}
     return environment.get_template(template).render(report=report).encode()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from analysis.code_versions import code_warning
 from analysis.comparisons import MIN_SEEDS, Effect, accuracy_gain, comparisons, speed_up
 from analysis.measured import Arm, Group
 from analysis.statistics import Estimate, difference_estimate
@@ -13,7 +14,6 @@ from analysis.table import estimate, number
 from analysis.tables import front
 
 CLAIM_SEEDS = 5
-SHARED = "the processor is shared"  # as the record of such a run begins its remark
 MARGIN_ACCURACY = 0.01  # a faster method wins only where a loss of more than this fraction is excluded
 MARGIN_SPEED = 0.9  # a more accurate one only where a speed-up below this is
 
@@ -165,6 +165,11 @@ def _headline(group: Group, comparisons: Iterable[Comparison], baselines: list[A
     comparisons = list(comparisons)
     if not group.candidates and group.ablated is not None:
         return "Only ablations were run: their tables show what each part brings."
+    if not group.candidates and _shared(group):
+        return (
+            "Nothing can be said: other programs used the device beside every measured run, so that no time can be "
+            "compared. Measure again, in a new folder, when the machine is quiet."
+        )
     if not group.candidates:
         return "No measured run finished, so there is nothing to recommend."
     if not baselines:
@@ -217,7 +222,7 @@ def _name(group: Group, comparison: Comparison) -> str:
 
 def _basis(group: Group, baselines: list[Arm]) -> str:
     seeds = f"{len(group.seeds)} seed{'' if len(group.seeds) == 1 else 's'}"
-    text = f"Measured alone on {group.hardware}, {seeds}."
+    text = f"Measured {'alone ' if group.seeds else ''}on {group.hardware}, {seeds}."
     for arm in baselines[:1]:
         accuracy, seconds = group.accuracy(arm), group.seconds(arm)
         if accuracy.value is not None and seconds.value is not None:
@@ -231,7 +236,14 @@ def _basis(group: Group, baselines: list[Arm]) -> str:
 def _notes(group: Group, comparisons: Iterable[Comparison]) -> Iterable[str]:
     """What a careful reader should know before acting on the verdicts."""
     comparisons = list(comparisons)
-    yield from _shared_processor(group)
+    if shared := _shared(group):
+        finished = shared + sum(arm.n for arm in group.arms)
+        yield (
+            f"Other programs used the device beside {shared} of {finished} finished measured runs: these are left out "
+            "here and listed as contaminated. Measure again on a quiet machine."
+        )
+    if warning := code_warning(group):
+        yield warning
     for c in comparisons:
         if c.verdict in ("wins", "trade-off") and (note := _control_note(group, c)):
             yield note
@@ -254,15 +266,9 @@ def _notes(group: Group, comparisons: Iterable[Comparison]) -> Iterable[str]:
         )
 
 
-def _shared_processor(group: Group) -> Iterable[str]:
-    """Runs whose record remarks that other programs kept the processor busy."""
-    tried = [arm.tried for arm in group.arms if not arm.tried.empty]
-    shared = sum(int(runs["reason"].str.contains(SHARED, regex=False).sum()) for runs in tried)
-    if shared:
-        yield (
-            f"Other programs kept the processor busy beside {shared} of {sum(map(len, tried))} measured runs, as their "
-            "records say: read the times with caution, or measure again on a quiet machine."
-        )
+def _shared(group: Group) -> int:
+    """Finished runs that were not alone on their device."""
+    return sum(arm.shared for arm in group.arms)
 
 
 def _control_note(group: Group, comparison: Comparison) -> str | None:

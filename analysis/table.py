@@ -222,7 +222,7 @@ def to_csv(table: Table) -> str:
 
 
 def to_json(table: Table) -> str:
-    rows = [{key: _finite(value) for key, value in row.items()} for row in plain_rows(table)]
+    rows = [{key: finite(value) for key, value in row.items()} for row in plain_rows(table)]
     data = {"name": table.name, "title": table.title, "caption": table.caption, "rows": rows}
     return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
@@ -302,6 +302,6 @@ def _known(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity; it is written as text."""
-    return "inf" if isinstance(value, float) and math.isinf(value) else value
+    return str(value) if isinstance(value, float) and math.isinf(value) else value

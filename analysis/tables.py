@@ -48,7 +48,7 @@ def front(group: Group) -> dict[str, tuple[bool, float]]:
 
 def pareto_table(group: Group) -> Table:
     """Accuracy, time and speed-up of every arm, and whether it is on the front."""
-    on_front = front(group)
+    on_front, (volume, reference) = front(group), front_volume(group)
     rows = []
     for arm in group.arms:
         on, share = on_front.get(arm.name, (None, None))
@@ -65,6 +65,9 @@ def pareto_table(group: Group) -> Table:
                 "accuracy_gain": accuracy_gain(group, arm, group.baseline_of(arm)),
                 "on_front": on,
                 "p_front": share,
+                "hypervolume": volume,
+                "reference_seconds": reference[0],
+                "reference_accuracy": reference[1],
             }
         )
     columns = (
@@ -79,6 +82,9 @@ def pareto_table(group: Group) -> Table:
         Column("workers", "devices", "count"),
         Column("device_seconds", "device-seconds", "seconds"),
         Column("val_accuracy", "validation accuracy", "percent"),
+        Column("hypervolume", "hypervolume of the front / baseline", "number", shown=False),
+        Column("reference_seconds", "reference point, training time", "seconds", shown=False),
+        Column("reference_accuracy", "reference point, accuracy", "percent", shown=False),
         SETTING,
     )
     if group.accuracy_column == "val_accuracy":
@@ -176,25 +182,19 @@ def time_ratio(baseline: Arm, control: Arm, seeds: list[int]) -> Estimate:
 
 
 def segment_table(group: Group) -> Table:
-    """Where the seconds went, and memory, FLOPs and energy where they were measured."""
+    """Where the seconds went."""
     rows = []
     for arm in group.arms:
         row: dict = name_cells(arm) | {"n": arm.n}
-        for column in (*SEGMENTS, "peak_memory_bytes", "flops_executed", "energy_joules"):
+        for column in SEGMENTS:
             row[column] = mean_estimate(arm.timed[column]).value
         rows.append(row)
-    unknown = "not measured"
     columns = (
         *NAMES,
         Column("n", "seeds", "count"),
-        *(Column(s, s.removesuffix("_seconds").replace("_", " "), "seconds", unknown) for s in SEGMENTS),
-        Column("peak_memory_bytes", "peak memory", "bytes", unknown),
-        Column("flops_executed", "FLOPs executed", "number", unknown),
-        Column("energy_joules", "energy (J)", "number", unknown),
+        *(Column(s, s.removesuffix("_seconds").replace("_", " "), "seconds", "not measured") for s in SEGMENTS),
     )
     caption = "Means over the finished measured runs. Only “train” is the training time of the other tables."
-    table = Table("segments", "Where the time went; memory and work", caption, columns, rows)
-    measured = (*SEGMENTS[1:], "peak_memory_bytes", "flops_executed", "energy_joules")
-    table = table.without_empty(*measured)
+    table = Table("segments", "Where the time went", caption, columns, rows).without_empty(*SEGMENTS[1:])
     absent = [c.title for c in columns if c not in table.columns]
     return replace(table, caption=f"{caption} Not measured: {', '.join(absent)}.") if absent else table

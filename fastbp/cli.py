@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import os
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +19,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from fastbp.bench import ratios, step_seconds
+from fastbp.cards import costs_note, costs_table, show_card
+from fastbp.costs import measure_costs, random_batch, shape_of
 from fastbp.installation import OPTIONAL, part, torchvision_mismatch
-from fastbp.knobs import Choice, Domain, domains, set_knobs
+from fastbp.knobs import set_knobs
 from fastbp.method import Method, method_class, nest
 from fastbp.methods import METHODS
+from fastbp.nets import make_model
 from fastbp.recipe import Recipe
 from fastbp.record import EpochRecord, RecordWriter, RunRecord, to_line
 from fastbp.run import Run, RunConfig, Task
@@ -133,10 +136,10 @@ def _print_split(rows: list[dict[str, float]]) -> None:
     """Where the net was cut, and what each module costs on a batch."""
     if not rows:
         return
-    table = Table(title="modules, as measured on one batch", title_justify="left")
+    timed, counted = any(row["seconds"] for row in rows), any(row["memory_bytes"] for row in rows)
+    table = Table(title="modules" + (", as measured on one batch" if counted else ""), title_justify="left")
     for heading in ("module", "steps late", "blocks", "ms", "of the time", "of the FLOPs", "weights MB", "memory MB"):
         table.add_column(heading, justify="right")
-    timed = any(row["seconds"] for row in rows)
     for row in rows:
         first, last = int(row["first_block"]), int(row["first_block"] + row["blocks"]) - 1
         table.add_row(
@@ -145,9 +148,9 @@ def _print_split(rows: list[dict[str, float]]) -> None:
             str(first) if first == last else f"{first} to {last}",
             f"{row['seconds'] * 1e3:.2f}" if timed else "-",
             f"{row['time_share']:.0%}" if timed else "-",
-            f"{row['flops_share']:.0%}",
+            f"{row['flops_share']:.0%}" if counted else "-",
             f"{row['parameter_bytes'] / 1e6:.2f}",
-            f"{row['memory_bytes'] / 1e6:.2f}",
+            f"{row['memory_bytes'] / 1e6:.2f}" if counted else "-",
         )
     console.print(table)
 
@@ -200,20 +203,38 @@ def bench(
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="one method; default: all")] = None) -> None:
-    """Print every method's card and its knobs with their search ranges."""
-    for short in [name] if name else list(METHODS):
-        kind = method_class(short)
-        console.rule(f"{short}: {kind.__name__}", align="left")
-        console.print((importlib.import_module(kind.__module__).__doc__ or "").strip(), markup=False, highlight=False)
-        table = Table(title="fields", title_justify="left")
-        for heading in ("field", "default", "search range"):
-            table.add_column(heading)
-        ranges = domains(kind)
-        for field in dataclasses.fields(kind):
-            default = "plain backprop" if field.name == "inner" else str(field.default)
-            table.add_row(field.name, default, _range(ranges.get(field.name)))
-        console.print(table)
+def methods(
+    name: Annotated[str | None, typer.Argument(help="a method, or a combination such as dbp+ldb; default: all")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="count the costs on this model: a net's name, timm:NAME, ...")
+    ] = None,
+    example: Annotated[
+        str, typer.Option("--input", help="shape of an example, such as 3x32x32, or 64 for 64 tokens")
+    ] = "3x32x32",
+    classes: Annotated[int, typer.Option(help="outputs of the model, or its vocabulary")] = 10,
+    batch_size: Annotated[int, typer.Option(help="examples per step")] = 64,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="NAME=VALUE of the method, or model.NAME; repeatable")
+    ] = None,
+) -> None:
+    """Print every method's card, its settings with search ranges, and with --model what it costs there."""
+    groups = _split_settings(settings or [])
+    if groups["method"] and name is None:
+        raise ValueError("--set: say of which method, as in: fastbp methods ldb --model resnet20 --set drop_rate=0.9")
+    chosen = {key: set_knobs(_method(key), groups["method"]) for key in ([name] if name else METHODS)}
+    shape = shape_of(example)
+    if model is not None:
+        make_model(model, shape, classes, groups["model"])  # a typo is said before five cards
+    for each in name.split("+") if name else METHODS:
+        show_card(console, each, method_class(each))
+    if model is None:
+        console.print(f"Counted costs: fastbp methods {name or 'ldb'} --model resnet20", highlight=False)
+        return
+    with console.status(f"counting on {model}"):
+        make = partial(make_model, model, shape, classes, groups["model"])
+        costs = dict(measure_costs(chosen, make, Recipe().make_loss(), *random_batch(shape, classes, batch_size)))
+    console.print(costs_table(f"costs on {model}, input {example}, batch {batch_size}", costs))
+    console.print(costs_note(), highlight=False)
 
 
 @app.command()
@@ -242,15 +263,6 @@ def doctor() -> None:
 def _method(name: str) -> Method:
     """`dbp+ldb+highway` is DecorrelatedBP on LayerDropBack on HighwayBP, at their defaults."""
     return nest(method_class(part)() for part in name.split("+") if part != "bp")
-
-
-def _range(domain: Domain | None) -> str:
-    if domain is None:
-        return ""
-    if isinstance(domain, Choice):
-        return "one of " + ", ".join(str(value) for value in domain.values)
-    scale = {"LogUniform": ", logarithmic", "IntRange": ", whole"}.get(type(domain).__name__, "")
-    return f"{domain.low:g} to {domain.high:g}{scale}"
 
 
 def _split_settings(settings: list[str]) -> dict[str, dict[str, Any]]:

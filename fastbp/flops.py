@@ -6,6 +6,7 @@ elementwise work is not.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -80,8 +81,28 @@ def _attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *args: 
     return flop_counter.sdpa_backward_flop_count(grad_out, query, key, value)
 
 
+def _convolution_backward(
+    grad_out: Any,
+    x: Any,
+    w: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    *args: Any,
+    **_: Any,
+) -> int:
+    """As many for the gradient of the input as for that of the weight, and for either as for the forward."""
+    mask = args[-1]
+    positions = x if transposed else grad_out
+    return 2 * (mask[0] + mask[1]) * positions[0] * math.prod(positions[2:]) * math.prod(w)
+
+
 _FORMULAS: dict[Any, Any] = {
     **flop_counter.flop_registry,
+    # torch's own counts a grouped convolution's weight gradient as if it were not grouped
+    torch.ops.aten.convolution_backward: flop_counter.shape_wrapper(_convolution_backward),
     # torch's table misses attention on the CPU (pytorch issue 195460)
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.shape_wrapper(_attention),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.shape_wrapper(

@@ -55,8 +55,7 @@ def load_folder(path: str, size: int | list[int] | None) -> tuple[dict[str, Spli
     height_width = _height_width(size)
     parts, classes = _list(root)
     fingerprint = _fingerprint(root, parts, classes)
-    key = hashlib.sha256(f"{root}\n{height_width}".encode()).hexdigest()[:16]
-    cache = data_root() / "folders" / f"{root.name}-{key}.pt"
+    cache = _cache(root, height_width)
     stored = _read(cache, fingerprint)
     if stored is None:
         stored = dict[str, Any](fingerprint=fingerprint)
@@ -66,6 +65,21 @@ def load_folder(path: str, size: int | list[int] | None) -> tuple[dict[str, Spli
             stored[f"{name}_y"] = torch.tensor(part.labels)
         save_atomically(stored, cache)
     return {name: Split(stored[f"{name}_x"], stored[f"{name}_y"]) for name in parts}, classes
+
+
+def is_cached(path: str, size: int | list[int] | None) -> bool:
+    """Whether the images need not be decoded.
+
+    Raises:
+        ValueError: no such folder, or no images in it.
+    """
+    root = Path(path).expanduser().resolve()
+    return _read(_cache(root, _height_width(size)), _fingerprint(root, *_list(root))) is not None
+
+
+def _cache(root: Path, height_width: tuple[int, int] | None) -> Path:
+    key = hashlib.sha256(f"{root}\n{height_width}".encode()).hexdigest()[:16]
+    return data_root() / "folders" / f"{root.name}-{key}.pt"
 
 
 def save_atomically(value: Any, file: Path) -> None:

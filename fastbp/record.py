@@ -20,6 +20,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,7 +86,7 @@ class RunRecord(Seconds):
     method: dict[str, Any] = field(default_factory=dict)  # Method.to_dict()
     seed: int = 0
     status: Status = "running"
-    reason: str = ""  # one sentence for stopped, failed and diverged; else a remark, as on a busy processor
+    reason: str = ""  # one sentence for stopped, failed and diverged; else a remark, as why it was not exclusive
     epochs_done: int = 0
     examples: int = 0
     steps: int = 0
@@ -119,6 +120,7 @@ class SweepRecord:
     file_hash: str = ""  # of the validated sweep
     arms: list[str] = field(default_factory=list)  # in the order of the file
     search_trials: int = 0  # per arm
+    search_runs: dict[str, int] = field(default_factory=dict)  # by arm; a small space has fewer settings than trials
     seeds: list[int] = field(default_factory=list)  # of the measure part
     measure_cells: int = 0  # planned measure runs, controls included
     ablate_cells: int = 0  # planned ablation runs; those that several ablations share count once
@@ -134,6 +136,11 @@ KINDS: dict[str, type[EpochRecord] | type[RunRecord] | type[SweepRecord]] = {
     "run": RunRecord,
     "sweep": SweepRecord,
 }
+
+
+def utc_now(precision: str = "seconds") -> str:
+    """The time as records hold it: UTC, ISO 8601."""
+    return datetime.now(UTC).isoformat(timespec=precision)
 
 
 def to_line(record: Record) -> str:

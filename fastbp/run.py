@@ -34,7 +34,7 @@ from fastbp.methods import Backprop
 from fastbp.methods.ddg import in_place
 from fastbp.nets import make_model
 from fastbp.recipe import Recipe
-from fastbp.record import EpochRecord, Phase, Role, RunRecord, Status, config_key
+from fastbp.record import EpochRecord, Phase, Role, RunRecord, Status, config_key, utc_now
 from fastbp.seeding import seeded
 
 _WARMUP_STEPS = 3  # per kind of epoch, on a copy
@@ -152,7 +152,7 @@ class Run:
         self.best_val_accuracy: float | None = None
         self.flops: dict[str, float | None] = {}  # per example, by kind of epoch
         self.kinds: list[str] = []  # of every epoch, once warm
-        self.started_at, self._began = _now(), time.monotonic()
+        self.started_at, self._began = utc_now(), time.monotonic()
 
     def _setup(self, data: Dataset | None) -> None:
         task, recipe, seed = self.config.task, self.recipe, self.config.seed
@@ -469,7 +469,3 @@ def _mixed(*seed: int) -> int:
     for value in seed:
         out = (out * 1_000_003 + value + 1) % 2**63
     return out
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -101,6 +101,32 @@ def _cifar(name: str, classes: int) -> Splits:
     return carve(train, classes=classes, val=len(train) // 10, given_test=test)
 
 
+def first_load(name: str, path: str = "", size: int | list[int] | None = None) -> str:
+    """What loading a data set would leave on this machine first, such as "downloaded into ..."; empty: nothing.
+
+    Args:
+        name, path: of the source.
+        size: of the images of a folder.
+
+    Raises:
+        ValueError, ImportError: what loading it would raise.
+    """
+    if name == "folder":
+        from fastbp.folder import is_cached
+
+        return "" if is_cached(path, size) else f"decoded, once, into {data_root() / 'folders'}"
+    if name not in ("cifar10", "cifar100"):
+        return ""
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    kind, root = getattr(datasets, name.upper()), data_root()
+    files = [(root / kind.base_folder / file, md5) for file, md5 in [*kind.train_list, *kind.test_list]]
+    if all(check_integrity(file, md5) for file, md5 in files):
+        return ""
+    return f"{'unpacked' if check_integrity(root / kind.filename, kind.tgz_md5) else 'downloaded'} into {root}"
+
+
 def synthetic(
     *, n: int = 1200, shape: tuple[int, ...] | list[int] = (1, 8, 8), classes: int = 10, seed: int = 0
 ) -> Splits:

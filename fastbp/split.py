@@ -233,7 +233,7 @@ class _Block:
 
 
 def table(costs: Sequence[BlockCost], cuts: Sequence[int], weights: str) -> list[dict[str, float]]:
-    """One row per module: its blocks, share of time and FLOPs, weights and memory."""
+    """One row per module: its blocks, share of time and FLOPs, weights and memory; 0 where it was not measured."""
     edges = [0, *cuts, len(costs)]
     seconds, flops = sum(c.seconds for c in costs), sum(c.flops for c in costs)
     rows = []
@@ -249,7 +249,7 @@ def table(costs: Sequence[BlockCost], cuts: Sequence[int], weights: str) -> list
                 "time_share": sum(c.seconds for c in group) / seconds if seconds else 0.0,
                 "flops_share": sum(c.flops for c in group) / flops if flops else 0.0,
                 "parameter_bytes": sum(c.parameter_bytes for c in group),
-                "memory_bytes": module_bytes(costs, len(edges) - 1, weights, k, start, stop),
+                "memory_bytes": module_bytes(costs, len(edges) - 1, weights, k, start, stop) if flops else 0,
             }
         )
     return rows

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastbp.chain import Chain
+from fastbp.chain import Chain, Residual
 
 _HEAD_NAMES = ("head", "heads", "fc", "classifier", "last_linear", "head_dist")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ def droppable_units(model: nn.Module, unit: str) -> list[Unit]:
     """All units of a model but the head's, in registration order.
 
     The order does not depend on parametrizations (a parametrized weight stands where the plain one stood), on what is
-    frozen, or on the device; a tensor shared by several modules belongs to the first of them, or to the head.
+    frozen, on the device, or on wrapping by DistributedDataParallel and torch.compile; a tensor shared by several
+    modules belongs to the first of them, or to the head.
 
     Args:
         model: any module.
@@ -35,14 +38,11 @@ def droppable_units(model: nn.Module, unit: str) -> list[Unit]:
     Raises:
         ValueError: nothing would be left to drop.
     """
-    head = head_parameters(model)
+    plain = unwrapped(model)
+    head = head_parameters(plain)
+    named = _once(named_parameters(plain))
     groups: dict[str, list[nn.Parameter]] = {}
-    seen: set[int] = set()
-    for layer, name, parameter in named_parameters(model):
-        if id(parameter) in seen:
-            continue
-        seen.add(id(parameter))
-        key = {"tensor": f"{layer}.{name}".lstrip("."), "block": _block_of(model, layer)}.get(unit, layer)
+    for key, (_, _, parameter) in zip(_keys(plain, named, unit, head), named, strict=True):
         if id(parameter) in head:
             key = f"{key} (head)"
         groups.setdefault(key, []).append(parameter)
@@ -53,7 +53,7 @@ def droppable_units(model: nn.Module, unit: str) -> list[Unit]:
     ]
     if not units:
         raise ValueError(
-            f"LayerDropBack.unit = {unit!r}: {type(model).__name__} has nothing to drop outside its head; "
+            f"LayerDropBack.unit = {unit!r}: {type(plain).__name__} has nothing to drop outside its head; "
             "use a deeper model or another unit"
         )
     return units
@@ -62,13 +62,14 @@ def droppable_units(model: nn.Module, unit: str) -> list[Unit]:
 def head_parameters(model: nn.Module) -> set[int]:
     """The ids of the classifier's parameters, which are never dropped.
 
-    The head is the part that timm's `get_classifier()` names, a direct child with a usual name (head, fc,
+    The head is the part (or parts) that timm's `get_classifier()` names, a direct child with a usual name (head, fc,
     classifier, ...), the head of a `Chain`; otherwise, or where those own no parameter, the last module that does.
     """
-    for part in _head_candidates(model):
-        ids = {id(p) for p in part.parameters()}
-        if ids:
-            return {id(p) for p in _last_layer(part).parameters()}
+    model = unwrapped(model)
+    for parts in _head_candidates(model):
+        layers = [_last_layer(part) for part in parts if any(True for _ in part.parameters())]
+        if layers:
+            return {id(p) for layer in layers for p in layer.parameters()}
     raise ValueError(f"{type(model).__name__} has no parameters")
 
 
@@ -85,28 +86,122 @@ def named_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]
             yield path, name, parameter
 
 
-def _head_candidates(model: nn.Module) -> Iterator[nn.Module]:
+def wrappings(model: nn.Module) -> Iterator[nn.Module]:
+    """The model, what DistributedDataParallel or torch.compile wrapped in it, and so on inwards."""
+    while True:
+        yield model
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # torch.compile's; importing its class would import the whole compiler
+            model = model.get_submodule("_orig_mod")
+        else:
+            return
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own module inside DistributedDataParallel and torch.compile."""
+    return list(wrappings(model))[-1]
+
+
+Named = Sequence[tuple[str, str, nn.Parameter]]
+
+
+def _once(named: Iterator[tuple[str, str, nn.Parameter]]) -> Named:
+    """Every parameter at the first of its places."""
+    first: dict[int, tuple[str, str, nn.Parameter]] = {}
+    for entry in named:
+        first.setdefault(id(entry[2]), entry)
+    return list(first.values())
+
+
+def _keys(model: nn.Module, named: Named, unit: str, head: set[int]) -> list[str]:
+    """For every parameter the name of its unit."""
+    if unit == "tensor":
+        keys = [f"{layer}.{name}".lstrip(".") for layer, name, _ in named]
+    elif unit == "block":
+        keys = _timm_blocks(model, named, head) or [_block_of(model, layer) for layer, _, _ in named]
+    else:
+        keys = [layer for layer, _, _ in named]
+    return [_plain(key) for key in keys]
+
+
+def _timm_blocks(model: nn.Module, named: Named, head: set[int]) -> list[str] | None:
+    """For every parameter its block as timm groups them for layer-wise learning rates; None for other models."""
+    matcher = getattr(model, "group_matcher", None)
+    if not callable(matcher):
+        return None
+    try:
+        from timm.models import group_parameters
+    except ImportError:
+        return None
+    grouped = group_parameters(model, matcher(coarse=False), return_values=True)
+    if len(grouped) < 2:
+        return None
+    group_of = {id(p): number for number, parameters in grouped.items() for p in parameters}
+    paths: dict[int, list[list[str]]] = {}
+    for layer, name, parameter in named:
+        if id(parameter) not in head:
+            paths.setdefault(group_of[id(parameter)], []).append(_plain(layer or name).split("."))
+    names = {number: _name(members) for number, members in paths.items()}
+    return [names.get(group_of[id(parameter)], layer) for layer, _, parameter in named]
+
+
+def _name(paths: list[list[str]]) -> str:
+    """What a group of layers is called: the common start of those under one child, such as `blocks.11 + norm`."""
+    starts: dict[tuple[str, ...], list[list[str]]] = {}
+    for path in paths:
+        starts.setdefault(tuple(path[:2]), []).append(path)
+    return " + ".join(".".join(_common(same)) for same in starts.values())
+
+
+def _common(paths: list[list[str]]) -> list[str]:
+    """The longest common start."""
+    return [pieces[0] for pieces in takewhile(lambda pieces: len(set(pieces)) == 1, zip(*paths, strict=False))]
+
+
+def _block_of(model: nn.Module, layer: str) -> str:
+    """The block of a layer: its deepest ancestor with layers of its own that stands in a container, else itself.
+
+    A container is a Sequential, ModuleList or ModuleDict; the branch of a `Residual` is not looked into.
+    """
+    found, module = layer, model
+    pieces = layer.split(".") if layer else []
+    for depth, piece in enumerate(pieces, start=1):
+        parent, module = module, module.get_submodule(piece)
+        if isinstance(parent, _CONTAINERS) and _has_layers(module):
+            found = ".".join(pieces[:depth])
+            if isinstance(module, Residual):
+                break
+    return found
+
+
+def _has_layers(module: nn.Module) -> bool:
+    """Whether a module is more than one layer and more than a container."""
+    if isinstance(module, _CONTAINERS):
+        return False
+    inside = (child for name, child in module.named_children() if name != "parametrizations")
+    return any(True for child in inside for _ in child.parameters())
+
+
+def _plain(path: str) -> str:
+    """The path without the levels that torch.compile inserts."""
+    return ".".join(piece for piece in path.split(".") if piece != "_orig_mod")
+
+
+def _head_candidates(model: nn.Module) -> Iterator[list[nn.Module]]:
     get_classifier = getattr(model, "get_classifier", None)
     if callable(get_classifier):
         part = get_classifier()
-        if isinstance(part, nn.Module):
-            yield part
+        yield [p for p in (part if isinstance(part, tuple | list) else [part]) if isinstance(p, nn.Module)]
     if isinstance(model, Chain):
-        yield model.head
+        yield [model.head]
     for name, child in model.named_children():
         if name in _HEAD_NAMES:
-            yield child
-    yield model
+            yield [child]
+    yield [model]
 
 
 def _last_layer(part: nn.Module) -> nn.Module:
     """The last module of `part` that owns parameters itself, parametrized ones included."""
     owners = [path for path, _, _ in named_parameters(part)]
     return part.get_submodule(owners[-1])
-
-
-def _block_of(model: nn.Module, layer: str) -> str:
-    """The path up to the first numbered component (a child of a ModuleList or Sequential), else the layer itself."""
-    pieces = layer.split(".")
-    number = max((i for i, piece in enumerate(pieces[:3]) if piece.isdigit()), default=None)
-    return layer if number is None else ".".join(pieces[: number + 1])

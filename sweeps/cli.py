@@ -17,7 +17,7 @@ from sweeps.source import SweepError, SweepStopped, without_password
 from sweeps.stopping import EXIT_STOPPED
 
 if TYPE_CHECKING:
-    from sweeps.drive import Outcome
+    from sweeps.outcome import Outcome
     from sweeps.plan import Plan
 
 app = typer.Typer(
@@ -138,9 +138,9 @@ def _report(folder: Path, console: Console, planned: Plan, outcome: Outcome) -> 
             f"{_command('fastbp-report')} {shlex.quote(str(folder))} --out {shlex.quote(str(target))}",
         )
     elif outcome.uri and not outcome.mlflow_error:
-        from sweeps.drive import RECORDS
         from sweeps.mlflow_pace import final_sync
         from sweeps.mlflow_sync import MlflowMirror
+        from sweeps.output_folder import RECORDS
 
         mirror = MlflowMirror(folder / RECORDS, outcome.uri, planned.sweep.mlflow.experiment)
         outcome.mlflow_error = final_sync(mirror, console.print, html)
@@ -169,7 +169,7 @@ def status(
     target: Annotated[str, typer.Argument(help="a sweep file or an output folder")], out: OutOption = None
 ) -> None:
     """Show how far a sweep is; exits with 1 when any run failed."""
-    from sweeps.drive import RECORDS, load_ledger
+    from sweeps.output_folder import RECORDS, load_ledger
     from sweeps.plan import load_plan
     from sweeps.progress import status_table
 
@@ -193,9 +193,9 @@ def sync(
     target: Annotated[str, typer.Argument(help="a sweep file or an output folder")], out: OutOption = None
 ) -> None:
     """Make MLflow agree with the records of a sweep; can be repeated."""
-    from sweeps.drive import RECORDS, locked
     from sweeps.mlflow_pace import final_sync
     from sweeps.mlflow_sync import MlflowMirror, default_uri
+    from sweeps.output_folder import RECORDS, locked
     from sweeps.spec import load_sweep
 
     folder, file = _locate(target, out)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from fastbp.installation import part, torchvision_mismatch
-from fastbp.sources import data_root
+from fastbp.sources import data_root, first_load
 from sweeps.job import HOME_TOKEN, connect, token_source, use_token
 from sweeps.source import SweepError, without_password
 from sweeps.spec import Sweep, load_sweep
@@ -56,9 +56,8 @@ def examine(file: str | None, address: str | None, out: Path | None) -> Iterator
         sweep, finding = _sweep(file)
         yield finding
         if sweep is not None:
-            yield from _data(sweep)
-            if finding.state == "ok":
-                yield _arms(file)
+            yield (data := _data(sweep))
+            yield _arms(file, sweep, data)
     if address is None:
         yield from devices()
     yield from cluster(address)
@@ -145,7 +144,7 @@ def mlflow_store(configured: str | None) -> Finding:
     """Whether MLflow's store answers, to us, and is of this version."""
     from mlflow import MlflowClient
 
-    from sweeps.mlflow_errors import cleaned
+    from sweeps.mlflow_errors import cleaned, problem
     from sweeps.mlflow_sync import default_uri
 
     uri = default_uri(configured)
@@ -156,33 +155,11 @@ def mlflow_store(configured: str | None) -> Finding:
     try:
         MlflowClient(tracking_uri=uri).search_experiments(max_results=1)
     except Exception as error:  # the finding is what kind
-        said, fix = _mlflow_problem(uri, cleaned(str(error)))
-        return Finding("MLflow", "fail", f"{shown}: {said}", fix)
+        text = cleaned(str(error).strip())
+        said, fix = problem(text, uri)
+        first = (text.splitlines() or [type(error).__name__])[0][:200]
+        return Finding("MLflow", "fail", f"{shown}: {said or first}", fix or "see the server's log")
     return Finding("MLflow", "ok", f"{shown} answers")
-
-
-def _mlflow_problem(uri: str, error: str) -> tuple[str, str]:
-    """What a store's refusal means, and what to do."""
-    from urllib.parse import urlsplit
-
-    first = (error.strip().splitlines() or ["?"])[0][:200]
-    if "Invalid Host header" in error:
-        host = urlsplit(uri).hostname
-        return (
-            "403, the server does not know the host name it is called by",
-            f'start the server with --allowed-hosts "{host},{host}:*"',
-        )
-    if "out-of-date database schema" in error or "Can't locate revision" in error:
-        if "Can't locate" in error:
-            return "its schema is of a newer MLflow", "pip install -U mlflow"
-        return "its schema is of an older MLflow", f"back it up, then: mlflow db upgrade {without_password(uri)}"
-    if "401" in error or "Unauthorized" in error:
-        return "401, it wants to know who we are", "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-    if "filesystem tracking backend" in error or "maintenance mode" in error:
-        return "MLflow no longer keeps runs in folders", "use sqlite:////absolute/path.db, or a server"
-    if "Max retries" in error or "Connection" in error:
-        return "nobody answers", f"start the server, or unset MLFLOW_TRACKING_URI to use mlruns.db in {Path.cwd()}"
-    return first, "see the server's log"
 
 
 def folders(sweep: Sweep | None, out: Path | None, *, far: bool) -> Iterator[Finding]:
@@ -232,22 +209,33 @@ def _sweep(file: str) -> tuple[Sweep | None, Finding]:
     return sweep, Finding("sweep file", "ok", f"{file}: sweep {sweep.name}, {len(sweep.arms)} arms, {', '.join(parts)}")
 
 
-def _data(sweep: Sweep) -> Iterator[Finding]:
-    """The data set's own path, where it has one."""
+def _data(sweep: Sweep) -> Finding:
+    """The data set: its path, where it has one, and what its first load would do."""
     kind, colon, path = sweep.task.data.partition(":")
-    if not colon or kind not in ("folder", "text"):
-        return
     found = Path(path).expanduser()
-    if found.exists():
-        yield Finding("data", "ok", str(found.absolute()))
-    else:
+    if colon and kind in ("folder", "text") and not found.exists():
         fix = f"correct task.data; relative paths start at {Path.cwd()}, and on a cluster every node needs the {kind}"
-        yield Finding("data", "fail", f"{sweep.task.data}: {found.absolute()} does not exist", fix)
+        return Finding("data", "fail", f"{sweep.task.data}: {found.absolute()} does not exist", fix)
+    try:
+        first = first_load(kind, path, sweep.task.data_args.get("size"))
+    except (ValueError, ImportError) as error:
+        return Finding("data", "fail", str(error), "correct the folder, or task.data and its arguments")
+    shown = str(found.absolute()) if colon else kind
+    if first:
+        return Finding("data", "warn", f"{shown}: would be {first}", "the first run does it; or load it once before")
+    return Finding("data", "ok", shown)
 
 
-def _arms(file: str) -> Finding:
+def _arms(file: str, sweep: Sweep, data: Finding) -> Finding:
+    """Whether the arms bind to the model; binding loads data and model, which must not fetch anything here."""
     from sweeps.plan import load_plan
 
+    weights = [name for name in ("pretrained", "weights", "checkpoint_path") if sweep.task.model_args.get(name)]
+    if data.state != "ok" or weights:
+        lacks = f"task.model_args.{weights[0]} may be downloaded" if weights else "the data is not here yet"
+        return Finding(
+            "arms", "warn", f"not bound to the model: {lacks}", "fastbp-sweep plan does it, and fetches them"
+        )
     try:
         plan = load_plan(file)
     except SweepError as error:

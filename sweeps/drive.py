@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import math
-import os
 import signal
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastbp.environment import git_state
 from fastbp.method import Method
-from fastbp.record import RecordWriter, RunRecord, SweepRecord, read_records
+from fastbp.record import RecordWriter, RunRecord, SweepRecord, read_records, utc_now
 from fastbp.run import RunConfig
 from fastbp.staged import stages
-from sweeps.ledger import DONE, Ledger
+from sweeps.experiments import Experiments, OnEnd
+from sweeps.ledger import Ledger
+from sweeps.outcome import Outcome, failed, missing, planned_trials, unsearched
+from sweeps.output_folder import RECORDS, SEARCH_LOG, keep_copy, locked, open_ledger
 from sweeps.plan import Plan
 from sweeps.progress import Progress
 from sweeps.source import SweepError, SweepStopped
@@ -30,80 +27,6 @@ from sweeps.stopping import RAY_DIED, Interrupted, NodeWatch, Stop
 if TYPE_CHECKING:
     from sweeps.arms import Arm
     from sweeps.rungs import RungScheduler
-
-STATE_FILE = "run.pt"  # as MethodTrainable names it
-OnEnd = Callable[[RunRecord], None]
-RECORDS = "records.jsonl"
-SEARCH_LOG = "search.jsonl"
-
-
-@dataclass
-class Outcome:
-    """How a sweep ended.
-
-    Attributes:
-        failed: newest record of every run that failed.
-        missing: planned runs that never ended, one sentence each.
-        interrupted: the signal with which the user stopped the sweep; 0 where nobody did.
-        mlflow_error: why MLflow lags behind the records; empty where it does not.
-        uri: of the MLflow store; empty where none was wanted.
-    """
-
-    failed: list[RunRecord]
-    missing: list[str]
-    interrupted: int = 0
-    mlflow_error: str = ""
-    uri: str = ""
-
-    @property
-    def ok(self) -> bool:
-        return not self.failed and not self.missing
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[bool]:
-    """Hold the output folder; yields False where another process holds it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise SweepError(f"{out}: cannot be written ({error.strerror}); give another folder with --out") from error
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-
-
-def load_ledger(path: Path) -> Ledger:
-    """What a records file holds.
-
-    Raises:
-        SweepError: a line is not a record.
-    """
-    try:
-        return Ledger.of(read_records(path) if path.exists() else ())
-    except ValueError as error:
-        raise SweepError(f"{error}; move the file away, or mend that line") from error
-
-
-def open_ledger(plan: Plan, out: Path) -> tuple[Ledger, RecordWriter]:
-    """What the output folder already holds, after checking that it is of this very sweep.
-
-    Raises:
-        SweepError: the folder holds another sweep.
-    """
-    path = out / RECORDS
-    writer = RecordWriter(path)
-    ledger = load_ledger(path)
-    if ledger.sweep is not None and ledger.sweep.file_hash != plan.sweep.hash:
-        raise SweepError(
-            f"{out} holds sweep {ledger.sweep.sweep!r} as it was before the file changed; "
-            f"give the changed sweep another `name`, or another folder with --out"
-        )
-    return ledger, writer
 
 
 def run_sweep(plan: Plan, file: Path, out: Path, progress: Progress, *, mlflow: bool = True) -> Outcome:
@@ -128,26 +51,9 @@ def run_sweep(plan: Plan, file: Path, out: Path, progress: Progress, *, mlflow: 
         if not free:
             raise SweepError(f"{out} is in use: this sweep is already running")
         ledger, writer = open_ledger(plan, out)
-        _keep_copy(file, out / "sweep.yaml")
+        keep_copy(file, out / "sweep.yaml")
         driver = _Driver(plan, out, ledger, writer, progress, mlflow)
         return driver.run()
-
-
-def _keep_copy(file: Path, copy: Path) -> None:
-    """Copy the sweep file into the output folder, whole or not at all.
-
-    Raises:
-        SweepStopped: the disk is full.
-    """
-    text = file.read_bytes()
-    if copy.exists() and copy.read_bytes() == text:
-        return
-    draft = copy.with_suffix(".tmp")
-    try:
-        draft.write_bytes(text)
-        os.replace(draft, copy)
-    except OSError as error:
-        raise SweepStopped(Stop().why(error) or f"{copy}: cannot be written ({error.strerror})") from error
 
 
 class _Driver:
@@ -160,9 +66,9 @@ class _Driver:
         self.stop = Stop()
         self.mirror: Any = None
         self.uri = ""
-        self.storage = plan.sweep.storage_path or str(out / "tune")
-        if "://" not in self.storage:
-            self.storage = str(Path(self.storage).resolve())
+        storage = plan.sweep.storage_path or str(out / "tune")
+        storage = storage if "://" in storage else str(Path(storage).resolve())
+        self.tune = Experiments(plan.sweep, storage, writer, ledger, progress, self.stop, self._say)
         if mlflow:
             from sweeps.mlflow_sync import MlflowMirror, default_uri
 
@@ -194,7 +100,7 @@ class _Driver:
         if failure is not None:
             raise failure
         interrupted = 0 if done else self.stop.signal or signal.SIGINT
-        return Outcome(self._failed(), self._missing(), interrupted, behind, self.uri)
+        return Outcome(failed(self.ledger), missing(self.plan, self.ledger), interrupted, behind, self.uri)
 
     def _announce(self, timed: dict[str, list[RunConfig]]) -> None:
         """Write what is planned; again once the measured cells and those of the ablations are known."""
@@ -208,27 +114,30 @@ class _Driver:
             file_hash=sweep.hash,
             arms=[arm.name for arm in self.plan.arms],
             search_trials=sweep.search.trials if sweep.search else 0,
+            search_runs=planned_trials(self.plan),
             seeds=list(sweep.measure.seeds) if sweep.measure else [],
             measure_cells=len(timed.get("measure", ())),
             ablate_cells=len(timed.get("ablate", ())),
             ablations=[ablation.to_dict() for ablation in self.plan.ablations(self.ledger)] if timed else [],
             targets=list(sweep.measure.targets) if sweep.measure else [],
             config=sweep.config() | sampler,
-            started_at=self.ledger.sweep.started_at if self.ledger.sweep else _now("milliseconds"),
+            started_at=self.ledger.sweep.started_at if self.ledger.sweep else utc_now("milliseconds"),
         )
         if record != self.ledger.sweep:
             self.writer.write(record)
             self.ledger.add(record)
 
     def _search(self) -> bool:
-        """Tune every arm that is not being measured yet; False where the user interrupted."""
+        """Run the search trials that are left; False where the user interrupted."""
         from sweeps.cluster import check_resources, concurrent_trials, gpus_or_default, in_cluster
         from sweeps.searcher import ArmSearcher
         from sweeps.studies import ArmStudy, search_log
         from trainables.stage_actors import stage_resources
 
         search, plan = self.plan.search_part, self.plan
-        arms = [arm for arm in plan.arms if not plan.measured(arm, self.ledger)]
+        arms = unsearched(plan, self.ledger)
+        if arms or plan.sweep.exclusive is None:
+            self.progress.phase("search", {arm.name: plan.trials(arm) for arm in plan.arms}, self.ledger)
         if not arms:
             return True
         self._start_ray()
@@ -237,14 +146,13 @@ class _Driver:
         ]
         gpus = gpus_or_default(search.gpus)
         self._say(check_resources("search", search.cpus, _devices(gpus, (arm.method for arm in arms))))
-        trial = self._trial(exclusive=False, threads=max(1, int(search.cpus)), gpus=gpus)
+        trial = self.tune.trial(exclusive=False, threads=max(1, int(search.cpus)), gpus=gpus)
         searcher = ArmSearcher(studies, self.ledger, trial, plan.sweep.max_failures)
-        self.progress.phase("search", {arm.name: plan.trials(arm) for arm in plan.arms}, self.ledger)
         # On a cluster Tune keeps one trial waiting beyond what fits, for which an autoscaler may bring a node.
         concurrent = None if in_cluster() else concurrent_trials(search.cpus, gpus)
         rungs = self._rungs(arms, search.cpus, gpus)
         needs = functools.partial(stage_resources, cpus=search.cpus, gpus=gpus)
-        return self._fit("search", searcher, needs, concurrent, True, self.progress.ended, scheduler=rungs)
+        return self.tune.fit("search", searcher, needs, concurrent, True, self.progress.ended, scheduler=rungs)
 
     def _rungs(self, arms: list[Arm], cpus: float, gpus: float) -> RungScheduler | None:
         """What stops lagging trials, with all that earlier starts of the sweep have seen; None where nothing does."""
@@ -256,8 +164,7 @@ class _Driver:
             return None
         costs = {}
         if part.unit == "seconds":
-            self._say("pilot: timing a few steps of every arm, alone, to place the rungs")
-            common = self._common(exclusive=True, threads=max(1, int(cpus)), gpus=gpus)
+            common = self.tune.common(exclusive=True, threads=max(1, int(cpus)), gpus=gpus)
             measure = remote_pilot(cpus, gpus, common, self._say)
             costs = pilot_costs(self.out, {a.name: self.plan.search_run(a, {}) for a in arms}, measure)
         scheduler = RungScheduler(make_ladders(part, arms, costs))
@@ -301,15 +208,16 @@ class _Driver:
                 return True  # the node died with nothing left to run
             last = placement.last_device(self.ledger, every)
             try:
-                node = placement.pick_node(gpus, threads, last, self._say)
+                node = placement.pick_node(gpus, threads, last, self._say, phase)
             except KeyboardInterrupt:
                 return False
             for sentence in placement.split_blocks(runs, self.ledger, node):
                 self._say(sentence)
-            trial = self._trial(exclusive=True, threads=threads or int(node.cpus), gpus=gpus)
+            trial = self.tune.trial(exclusive=True, threads=threads or int(node.cpus), gpus=gpus)
             searcher = ListSearcher(runs, self.ledger, trial, self.plan.sweep.max_failures)
             watch = placement.NodeGone(node)
-            ended = self._fit(phase, searcher, functools.partial(node.request, gpus=gpus), 1, gpus == 0, between, watch)
+            needs = functools.partial(node.request, gpus=gpus)
+            ended = self.tune.fit(phase, searcher, needs, 1, gpus == 0, between, watch)
             if ended or not watch.gone:
                 return ended
             if not in_cluster():
@@ -344,124 +252,6 @@ class _Driver:
 
         return ended
 
-    def _common(self, *, exclusive: bool, threads: int, gpus: float) -> dict[str, Any]:
-        """What every trial of a phase is told beside its run."""
-        from sweeps.cluster import in_cluster
-
-        commit, dirty = git_state()
-        return {
-            "git_commit": commit,
-            "git_dirty": dirty,
-            "exclusive": exclusive,
-            "threads": threads,
-            "device": "cuda" if gpus else "cpu",
-            "cluster": in_cluster(),
-            "cwd": os.getcwd(),
-            "sys_path": [p for p in sys.path if p and not p.startswith((sys.prefix, sys.base_prefix))],
-        }
-
-    def _trial(self, *, exclusive: bool, threads: int, gpus: float) -> Any:
-        common = self._common(exclusive=exclusive, threads=threads, gpus=gpus)
-
-        def trial(run: RunConfig, attempt: int) -> dict[str, Any]:
-            # A measured run starts anew after a failure: resumed seconds are worth nothing.
-            saved = [] if exclusive or attempt == 0 else saved_states(self.storage, run.key)
-            return {"run": run.to_dict(), "attempt": attempt, "checkpoints": saved, **common}
-
-        return trial
-
-    def _fit(
-        self,
-        phase: str,
-        searcher: Any,
-        needs: Callable[[RunConfig], Any],
-        concurrent: int | None,
-        reuse: bool,
-        on_end: OnEnd,
-        stop: Any = None,
-        scheduler: RungScheduler | None = None,
-    ) -> bool:
-        """One Tune experiment; False where it ended before the searcher had nothing left."""
-        from ray import tune
-
-        from sweeps.recorder import Recorder
-        from trainables.method_trainable import MethodTrainable
-
-        search = self.plan.sweep.search
-        every = search.checkpoint_epochs if search is not None and phase == "search" else 0
-        reasons = scheduler.reasons if scheduler is not None else {}
-        tuner = tune.Tuner(
-            tune.with_resources(MethodTrainable, lambda config: needs(RunConfig.from_dict(config["run"]))),
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=scheduler,
-                num_samples=-1,
-                max_concurrent_trials=concurrent,
-                reuse_actors=reuse,
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
-            ),
-            run_config=tune.RunConfig(
-                name=f"{self.plan.sweep.name}-{phase}",
-                storage_path=self.storage,
-                checkpoint_config=tune.CheckpointConfig(
-                    num_to_keep=2, checkpoint_frequency=every, checkpoint_at_end=False
-                ),
-                callbacks=[Recorder(self.writer, self.ledger, on_end, self.progress, reasons, self.stop)],
-                stop=stop,
-                verbose=0,
-            ),
-        )
-        self.stop.tuning = True
-        try:
-            tuner.fit()
-        finally:
-            self.stop.tuning = False
-        return searcher.exhausted
-
-    def _failed(self) -> list[RunRecord]:
-        return [record for record in self.ledger.runs.values() if record.status == "failed"]
-
-    def _missing(self) -> list[str]:
-        """Planned runs without an end, and arms that could not be planned."""
-        plan, out = self.plan, []
-        if plan.sweep.exclusive is None:
-            from sweeps.studies import ArmStudy
-
-            for arm in plan.arms:
-                wanted = ArmStudy.of_sweep(plan.sweep, arm, plan.search_run).distinct
-                ended = sum(record.status in (*DONE, "failed") for record in self.ledger.of_phase("search", arm.name))
-                if ended < wanted:
-                    out.append(f"search {arm.name}: {ended} of {wanted} trials ended")
-            return out
-        phase, ablated = "measure", {plan.anchor, *(part.arm for part in plan.sweep.ablate)}
-        if plan.sweep.measure is None:
-            phase, arms = "ablate", [arm for arm in plan.arms if arm.name in ablated]
-        else:
-            arms = plan.arms
-        for arm in arms:
-            if plan.chosen(arm, self.ledger) is None:
-                out.append(f"{phase} {arm.name}: no search trial finished, so there is no setting to measure")
-        timed = [run for runs in plan.timed_runs(self.ledger).values() for run in runs]
-        ends = [run for run in timed if self.ledger.done(run.key) is None]
-        return out + [
-            f"{run.phase} {run.arm} {run.role} seed {run.seed}: not run"
-            for run in ends
-            if run.key not in self.ledger.runs or self.ledger.runs[run.key].status == "running"
-        ]
-
-
-def saved_states(storage: str, key: str) -> list[str]:
-    """The saved states of a run in Tune's local or shared folder, the newest first: by attempt and number, as clocks
-    of several machines, or one that was set back, put files in another order.
-    """
-
-    def age(path: Path) -> tuple[int, int]:
-        return int(path.parts[-3].rpartition("-")[2]), int(path.parts[-2].rpartition("_")[2])
-
-    found = Path(storage).glob(f"*/{key}-*/checkpoint_*/{STATE_FILE}") if "://" not in storage else ()
-    return [str(path) for path in sorted(found, key=age, reverse=True)]
-
 
 def _devices(gpus: float, methods: Iterable[Method]) -> float:
     """GPUs of the largest run: one for each of its modules that is a process of its own."""
@@ -472,7 +262,3 @@ def _devices(gpus: float, methods: Iterable[Method]) -> float:
 def _trial_name(trial: Any) -> str:
     run = RunConfig.from_dict(trial.config["run"])
     return f"{run.key}-{trial.config['attempt']}"
-
-
-def _now(precision: str = "seconds") -> str:
-    return datetime.now(UTC).isoformat(timespec=precision)

@@ -127,7 +127,7 @@ def works_of(plan: Plan) -> list[Work]:
         works.append(Work("search", arm.name, plan.trials(arm), config, device, threads, at_once))
     for arm in plan.arms if measure else ():
         device, threads = _device(plan.measure_part.gpus), plan.measure_part.threads or cpus
-        settings = 1 if arm.name == plan.anchor else plan.measure_part.settings
+        settings = 1 if arm.name == plan.anchor or not arm.space else plan.measure_part.settings
         seeds = len(plan.measure_part.seeds) * settings
         for config in plan.cells(arm, middle(arm)):
             works.append(Work("measure", arm.name, seeds, config, device, threads, 1))

@@ -1,7 +1,8 @@
 """One live table while a sweep runs: a row per arm, what runs now, and when the phase will end.
 
 It is drawn by the driver's own thread, on events only: there is no refresh thread that could take the processor from
-a run that is being measured. While runs are measured alone it is drawn between their epochs, at most once a second.
+a run that is being measured. While runs are measured alone it is drawn between them, and between their epochs at most
+once a second.
 """
 
 from __future__ import annotations
@@ -207,13 +208,13 @@ class LiveProgress(Progress):
         done = sum(len(row.ends) - row.count("failed") for row in self._rows.values())
         text = Text.assemble((self._name, "bold"), f"  {done}/{planned} runs", no_wrap=True, overflow="ellipsis")
         if self._began is not None:
-            text.append(f"  {duration(self._now() - self._began)}")
+            text.append(f"  {_whole(self._now() - self._began)}")
             left = self.seconds_left()
             if left is not None and left > 0:
                 now = datetime.now()
                 until = now + timedelta(seconds=left)
                 day = "" if until.date() == now.date() else f"{until:%a} "
-                text.append(f"  about {duration(left)} left, until {day}{until:%H:%M}", style="cyan")
+                text.append(f"  about {_whole(max(1.0, left))} left, until {day}{until:%H:%M}", style="cyan")
         return text
 
     def seconds_left(self) -> float | None:
@@ -252,6 +253,15 @@ class LiveProgress(Progress):
             lines.append(Text(f"  now: {run_name(run.record)}  {epoch}{val}", "dim", no_wrap=True, overflow="ellipsis"))
         more = len(self._running) - len(lines)
         return lines + ([Text(f"  … and {more} more", "dim")] if more else [])
+
+
+def _whole(seconds: float) -> str:
+    """A duration for a table that is drawn once a second: no part of the first one.
+
+    >>> [_whole(seconds) for seconds in (0.00027, 0.9, 1.2, 95)]
+    ['0 s', '0 s', '1.2 s', '95 s']
+    """
+    return duration(seconds) if seconds >= 1 else "0 s"
 
 
 def progress_on(console: Console) -> Progress:

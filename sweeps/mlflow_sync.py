@@ -150,7 +150,8 @@ class MlflowMirror:
             raise Forgotten
         known = self.store.ensure(key, name, view.cell_tags(first), parent, view.millis(first.started_at))
         ended = [h.run for h in runs if h.run.status != "running"]
-        complete = len(ended) >= view.planned_runs(sweep, first) or (final and first.phase == "search")
+        old = first.phase == "search" and not sweep.search_runs  # a record that does not say how many there were to be
+        complete = len(ended) >= view.planned_runs(sweep, first) or (final and old)
         status = view.end_of([h.run.status for h in runs], final, complete)
         digest = f"{status} {len(ended)} {sum(r.attempt for r in ended)}"
         if known.state == digest and known.status == status:

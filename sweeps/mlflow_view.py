@@ -36,19 +36,21 @@ def planned_runs(sweep: SweepRecord, run: RunRecord) -> int:
     if run.phase == "ablate":
         ours = [a for a in sweep.ablations if any(cell["arm"] == run.arm for cell in a["cells"])]
         return len({seed for ablation in ours for seed in ablation["seeds"]})
-    return len(sweep.seeds) if run.phase == "measure" else sweep.search_trials
+    return len(sweep.seeds) if run.phase == "measure" else sweep.search_runs.get(run.arm, sweep.search_trials)
 
 
 def is_complete(sweep: SweepRecord, runs: list[RunRecord], final: bool) -> bool:
-    """Whether every planned run that is timed has ended; a sweep that only searches is complete when it says so.
+    """Whether every planned run that is timed has ended; of a sweep that only searches, every trial.
 
-    The numbers of cells to measure and ablate are 0 until the search is over.
+    The numbers of cells to measure and ablate are 0 until the search is over. Older records do not say how many
+    trials there were to be: they are complete when nobody trains any more and nothing was cut short.
     """
     ended = [run for run in runs if run.status != "running"]
     if sweep.seeds or sweep.config.get("ablate"):
         planned = sweep.measure_cells + sweep.ablate_cells
         return 0 < planned <= sum(run.phase in ("measure", "ablate") for run in ended)
-    return final and len(ended) == len(runs) > 0
+    planned = sum(sweep.search_runs.values())
+    return len(ended) >= planned if planned else final and len(ended) == len(runs) > 0
 
 
 def end_of(statuses: list[str], final: bool, complete: bool) -> str:
@@ -89,7 +91,7 @@ def run_tags(run: RunRecord) -> dict[str, str]:
 
 
 def end_tags(run: RunRecord) -> dict[str, str]:
-    tags = {"status": run.status}
+    tags = {"status": run.status, "exclusive": str(run.exclusive).lower()}  # known only at the end
     if run.reason and run.status != "running":
         tags["reason"] = run.reason
         tags["mlflow.note.content"] = f"**{run.status}**: {run.reason}"

@@ -108,12 +108,15 @@ def host_of(device: dict[str, Any]) -> str:
     return str(device.get("node", "")).partition("/")[0]
 
 
-def pick_node(gpus: int, threads: int | None, last: dict[str, Any], say: Callable[[str], None]) -> Node:
+def pick_node(
+    gpus: int, threads: int | None, last: dict[str, Any], say: Callable[[str], None], phase: str = "measure"
+) -> Node:
     """The node for all measured runs, once it is free; waits where it is not.
 
     Args:
         gpus, threads, last: see `candidates`.
         say: hears one sentence where this waits or changes the node.
+        phase: which asks, measure or ablate; for the sentences.
 
     Raises:
         SweepStopped: the last node is gone and no other has the same device.
@@ -124,23 +127,23 @@ def pick_node(gpus: int, threads: int | None, last: dict[str, Any], say: Callabl
         if not nodes and last:
             others = f"; {', '.join(sorted(set(unlike.values())))} is not of that kind" if unlike else ""
             raise SweepStopped(
-                f"measure: the runs so far were made on {last.get('name')} (node {last.get('node', 'unknown')}, "
+                f"{phase}: the runs so far were made on {last.get('name')} (node {last.get('node', 'unknown')}, "
                 f"{last.get('threads')} threads), and no live node has that{others}; seconds of unlike devices cannot "
                 f"be compared: bring the node back, or measure everything anew in another folder with --out"
             )
-        found = _reserve(nodes, gpus, last, say)
+        found = _reserve(nodes, gpus, last, say, phase)
         if found is None:
             continue  # the nodes changed meanwhile
         node, device = found
         if device == last.get("name", device):
             if last.get("node") and host_of(last) != node.host:
-                say(f"measure: node {last['node']} is gone; continuing on {node.name}, also {device}")
+                say(f"{phase}: node {last['node']} is gone; continuing on {node.name}, also {device}")
             return node
         unlike[node.id] = f"{node.name} ({device})"
 
 
 def _reserve(
-    nodes: list[Node], gpus: int, last: dict[str, Any], say: Callable[[str], None]
+    nodes: list[Node], gpus: int, last: dict[str, Any], say: Callable[[str], None], phase: str
 ) -> tuple[Node, str | None] | None:
     """Wait until one of the nodes is free as a whole; that node, and its device's name where it may be another one."""
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
@@ -153,7 +156,7 @@ def _reserve(
     try:
         while not group.wait(PATIENCE_SECONDS):
             if not said:
-                say(f"measure: waiting for a node with {wanted} free")
+                say(f"{phase}: waiting for a node with {wanted} free")
             said = True
             if nodes and not {node.id for node in nodes} <= {node.id for node in live_nodes()}:
                 return None
@@ -197,8 +200,8 @@ def split_blocks(runs: Iterable[RunConfig], ledger: Ledger, node: Node) -> list[
         elsewhere = sorted({_node_of(r) for r in done if host_of(r.device) not in ("", node.host)})
         if elsewhere and len(done) < len(members):
             out.append(
-                f"measure: block {block} (seed {members[0].seed}) began on {', '.join(elsewhere)} and ends on "
-                f"{node.name}, so its pairs span two machines with the same device"
+                f"{members[0].phase}: block {block} (seed {members[0].seed}) began on {', '.join(elsewhere)} and ends "
+                f"on {node.name}, so its pairs span two machines with the same device"
             )
     return out
 

@@ -14,8 +14,10 @@ from rich.table import Table
 from fastbp.knobs import Choice, Domain
 from fastbp.method import Method
 from fastbp.record import EpochRecord, RunRecord
+from sweeps.arms import Arm
 from sweeps.ledger import Ledger
 from sweeps.plan import Plan
+from sweeps.spec import MeasurePart
 
 
 class Progress:
@@ -85,15 +87,26 @@ def failure_text(record: RunRecord) -> str:
 
 
 def plan_table(plan: Plan) -> Table:
-    """Arms, what each of them searches, and how many runs that makes."""
-    table = Table("arm", "method", "searched", "trials", "measured", title=f"sweep {plan.sweep.name}")
-    measure = plan.sweep.measure
+    """Arms, what each of them searches, and how many runs that makes in the parts that the sweep has."""
+    measure, search = plan.sweep.measure, plan.sweep.search
+    columns = ["arm", "method", *(["searched", "trials"] if search else []), *(["measured"] if measure else [])]
+    table = Table(*columns, title=f"sweep {plan.sweep.name}")
     for arm in plan.arms:
-        searched = "\n".join(f"{path} {_domain_text(domain)}" for path, domain in arm.space.items()) or "nothing"
-        seeds = len(measure.seeds) if measure else 0
-        control = " + control" if measure and measure.controls and not arm.plain else ""
-        table.add_row(arm.name, _method_text(arm.method), searched, str(plan.trials(arm)), f"{seeds}{control}")
+        cells = [arm.name, _method_text(arm.method)]
+        if search:
+            domains = (f"{path} {_domain_text(domain)}" for path, domain in arm.space.items())
+            cells += ["\n".join(domains) or "nothing", str(plan.trials(arm))]
+        if measure:
+            cells.append(_measured_text(arm, measure, arm.name == plan.anchor))
+        table.add_row(*cells)
     return table
+
+
+def _measured_text(arm: Arm, measure: MeasurePart, anchor: bool) -> str:
+    """`5 + control`; `up to 3 × 5 + control` where up to three settings of the arm may be measured."""
+    settings = 1 if anchor or not arm.space else measure.settings
+    control = " + control" if measure.controls and not arm.plain else ""
+    return f"{f'up to {settings} × ' if settings > 1 else ''}{len(measure.seeds)}{control}"
 
 
 def ablation_table(plan: Plan) -> Table:

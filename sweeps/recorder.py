@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
 
-from fastbp.record import EpochRecord, RecordWriter, RunRecord, Seconds
+from fastbp.record import EpochRecord, RecordWriter, RunRecord, Seconds, utc_now
 from fastbp.run import RunConfig
 from sweeps.ledger import Ledger
 from sweeps.progress import Progress
@@ -58,7 +57,9 @@ class Recorder(Callback):
         records.append(epoch)
         self._best[trial.trial_id] = max(self._best.get(trial.trial_id, 0.0), epoch.val_accuracy or 0.0)
         if "end" in result:
-            records.append(RunRecord(**result["end"]))
+            records.append(end := RunRecord(**result["end"]))
+            if end.status == "finished":
+                self._note(end)
         elif epoch.run_key in self._reasons:
             records.append(self._stopped(trial.trial_id, epoch))
         self._write(*records)
@@ -88,7 +89,7 @@ class Recorder(Callback):
             for name in Seconds.__dataclass_fields__:
                 setattr(record, name, getattr(epoch, name))
         record.status, record.reason = "failed", reason_of(_error_text(trial))
-        record.ended_at = max(_now(), record.started_at)  # clocks of two machines, or one that was set back
+        record.ended_at = max(utc_now(), record.started_at)  # clocks of two machines, or one that was set back
         self._write(record)
         self._on_end(record)
 
@@ -107,16 +108,16 @@ class Recorder(Callback):
             best_val_accuracy=max(start.best_val_accuracy or 0.0, self._best[trial_id]),
             status="stopped",
             reason=self._reasons.pop(epoch.run_key),
-            ended_at=max(_now(), start.started_at),
+            ended_at=max(utc_now(), start.started_at),
         )
 
-    def _note(self, start: RunRecord) -> None:
-        """Say what a run has to remark at its start; each kind of remark once."""
-        kind = start.reason.split(":")[0]
+    def _note(self, run: RunRecord) -> None:
+        """Say what a run has to remark at its start, or at its end though it finished; each kind of remark once."""
+        kind = run.reason.split(":")[0]
         if kind and kind not in self._noted:
             self._noted.add(kind)
             self._progress.console.print(
-                f"{start.phase} {start.arm}: {start.reason}", highlight=False, markup=False, soft_wrap=True
+                f"{run.phase} {run.arm}: {run.reason}", highlight=False, markup=False, soft_wrap=True
             )
 
     def _write(self, *records: RunRecord | EpochRecord) -> None:
@@ -161,10 +162,6 @@ def _unstarted(config: dict[str, Any]) -> RunRecord:
         run_key=run.key,
         attempt=config["attempt"],
         exclusive=config["exclusive"],
-        started_at=_now(),
+        started_at=utc_now(),
         **{name: data[name] for name in names},
     )
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -24,11 +24,15 @@ def remote_pilot(
     Args:
         cpus, gpus: what a trial gets; a fraction of a GPU becomes a whole one, to be alone on it.
         common: `device`, `threads`, `cwd` and `sys_path`, as `MethodTrainable` takes them.
-        say: hears one sentence of every pilot that fails.
+        say: hears one sentence before the first pilot, and one of every pilot that fails.
     """
     task = ray.remote(num_cpus=cpus, num_gpus=max(1.0, gpus) if gpus else 0, max_calls=1, max_retries=0)(_pilot)
+    piloted: list[str] = []
 
     def measure(run: RunConfig) -> Pilot | None:
+        if not piloted:
+            say("pilot: timing a few steps of every arm, alone, to place the rungs")
+        piloted.append(run.arm)
         try:
             found = ray.get(task.remote(run.to_dict(), common))
         except RayError as error:

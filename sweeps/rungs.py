@@ -24,32 +24,23 @@ from fastbp.knobs import Choice, IntRange
 from fastbp.record import EpochRecord, Record, RunRecord
 from fastbp.run import RunConfig
 from sweeps.arms import Arm
-from sweeps.pilot import Pilot
+from sweeps.pilot import EpochCost, Pilot
 from sweeps.spec import RungsPart
 
 PILOTS = "pilots.json"
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What an example of an arm costs alone on the device, from the arm's pilot.
+def seconds_alone(cost: EpochCost, epoch: EpochRecord) -> float:
+    """Exclusive-equivalent training seconds of a run after an epoch: never what its own clock said.
 
-    Attributes:
-        seconds_per_example: training seconds.
-        flops_per_example: of the piloted setting; None where the counter is blind.
+    The run's counted FLOPs stand for how much dearer or cheaper than the pilot's its setting is.
+
+    Args:
+        cost: of the arm, from its pilot.
     """
-
-    seconds_per_example: float
-    flops_per_example: float | None
-
-    def seconds(self, epoch: EpochRecord) -> float:
-        """Exclusive-equivalent training seconds of a run after an epoch: never what its own clock said.
-
-        The run's counted FLOPs stand for how much dearer or cheaper than the pilot's its setting is.
-        """
-        if epoch.flops_executed is None or not self.flops_per_example:
-            return epoch.examples * self.seconds_per_example
-        return epoch.flops_executed * self.seconds_per_example / self.flops_per_example
+    if epoch.flops_executed is None or not cost.flops_per_example:
+        return epoch.examples * cost.seconds_per_example
+    return epoch.flops_executed * cost.seconds_per_example / cost.flops_per_example
 
 
 @dataclass
@@ -66,7 +57,7 @@ class Ladder:
 
     part: RungsPart
     period: int = 1
-    cost: Cost | None = None
+    cost: EpochCost | None = None
     values: list[dict[str, float]] = field(default_factory=list)
     climbed: dict[str, int] = field(default_factory=dict)
 
@@ -108,7 +99,7 @@ class Ladder:
         return list(found)
 
     def _amount(self, epoch: EpochRecord) -> float:
-        return float(epoch.examples) if self.cost is None else self.cost.seconds(epoch)
+        return float(epoch.examples) if self.cost is None else seconds_alone(self.cost, epoch)
 
     def _height(self, amount: float) -> int:
         """How many rungs lie at or below an amount."""
@@ -176,15 +167,17 @@ def arm_period(arm: Arm) -> int:
     return math.lcm(*(math.lcm(method.epoch_period, recipe.eval_every_epochs) for method, recipe in points))
 
 
-def make_ladders(part: RungsPart, arms: list[Arm], costs: dict[str, Cost]) -> dict[str, Ladder]:
+def make_ladders(part: RungsPart, arms: list[Arm], costs: dict[str, EpochCost]) -> dict[str, Ladder]:
     """Arm to its ladder; with rungs in seconds only for arms that have a cost."""
     if part.unit == "examples":
         return {arm.name: Ladder(part, arm_period(arm)) for arm in arms}
     return {arm.name: Ladder(part, arm_period(arm), costs[arm.name]) for arm in arms if arm.name in costs}
 
 
-def pilot_costs(out: Path, runs: dict[str, RunConfig], measure: Callable[[RunConfig], Pilot | None]) -> dict[str, Cost]:
-    """The costs of arms, measured once per sweep and kept in `out/pilots.json`; they only decide where rungs lie.
+def pilot_costs(
+    out: Path, runs: dict[str, RunConfig], measure: Callable[[RunConfig], Pilot | None]
+) -> dict[str, EpochCost]:
+    """The mean costs of arms over the epochs of a run, measured once per sweep and kept in `out/pilots.json`.
 
     Args:
         out: the sweep's output folder.
@@ -197,11 +190,11 @@ def pilot_costs(out: Path, runs: dict[str, RunConfig], measure: Callable[[RunCon
     for arm, run in runs.items():
         found = None if arm in known else measure(run)
         if found is not None:
-            known[arm] = asdict(Cost(found.seconds_per_example, found.flops_per_example))
+            known[arm] = asdict(EpochCost(found.seconds_per_example, found.flops_per_example))
             draft = path.with_suffix(".tmp")
             draft.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             os.replace(draft, path)
-    return {arm: Cost(**known[arm]) for arm in runs if arm in known}
+    return {arm: EpochCost(**known[arm]) for arm in runs if arm in known}
 
 
 def _discrete(domain: Any) -> Iterable[Any]:

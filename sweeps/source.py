@@ -20,15 +20,28 @@ class SweepStopped(SweepError):
     """A sweep that the world ended early, such as a full disk; the same command continues it."""
 
 
+_PORT = r"\d{1,5}(?=[/?#])"
+_USER = re.compile(
+    r"://(?!/)(?:"
+    rf"[^\s/:@'\"]*:(?!{_PORT})[^\s'\"]*"  # user:password, which may hold anything that should have been escaped
+    r"|[^\s/:@'\"]*:[^\s?#'\"]*"  # host:port/path@, or a password of digits and a slash: better once too often
+    r"|[^\s/'\"]*"  # user alone
+    r")@"
+)
+_SECRET = re.compile(r"([?&;][\w.-]*(?:passw(?:or)?d|pwd|token|secret|api_?key)[\w.-]*=)[^&;#\s'\"]+", re.IGNORECASE)
+
+
 def without_password(text: str) -> str:
-    """The text with user and password taken out of every URL in it.
+    """The text with user and password taken out of every URL in it, and the values of parameters that hold a secret.
 
     >>> without_password("http://me:secret@host/path")
     'http://host/path'
-    >>> without_password("http://me:p@ss@host")
+    >>> without_password("http://me:p@s/s@host")
     'http://host'
+    >>> without_password("postgresql://host/db?user=me&password=secret")
+    'postgresql://host/db?user=me&password=***'
     """
-    return re.sub(r"://[^/\s]*@", "://", text)
+    return _SECRET.sub(r"\1***", _USER.sub("://", text))
 
 
 class _Loader(yaml.SafeLoader):

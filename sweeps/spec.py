@@ -83,6 +83,8 @@ class AblatePart(_Part):
     factors: dict[str, list[Any] | None] | None = None  # components and fields; null: the arm's components
     max_cells: int = Field(default=32, ge=2)  # a larger factorial becomes a regular fraction
     seeds: list[int] | None = Field(default=None, min_length=1)  # null: those of the measure part
+    gpus: int | None = Field(default=None, ge=0, le=1)  # as in `measure`, which has it where there is one
+    threads: int | None = Field(default=None, ge=1)  # likewise
 
     @field_validator("factors", mode="before")
     @classmethod
@@ -155,11 +157,23 @@ class Sweep(_Part):
     @property
     def exclusive(self) -> MeasurePart | None:
         """How runs that are alone on their device are run; None where there are none."""
-        return self.measure or (MeasurePart(seeds=[0]) if self.ablate else None)
+        if self.measure or not self.ablate:
+            return self.measure
+        gpus, threads = self._of_ablations("gpus"), self._of_ablations("threads")
+        return MeasurePart(seeds=[0], gpus=gpus[0] if gpus else None, threads=threads[0] if threads else None)
+
+    def _of_ablations(self, name: str) -> list[int]:
+        """What the ablations say of how they are run, each value once."""
+        given = [getattr(part, name) for part in self.ablate]
+        return list(dict.fromkeys(value for value in given if value is not None))
 
     def config(self) -> dict[str, Any]:
         """What is trained, as JSON-able dictionaries; not where it is stored or how often it is retried."""
         out = self.model_dump(mode="json", exclude={"mlflow", "max_failures", "storage_path"})
+        for part in out["ablate"]:  # what was not given leaves the hash as it was before it could be
+            for name in ("gpus", "threads"):
+                if part[name] is None:
+                    del part[name]
         return {name: value for name, value in out.items() if name != "ablate" or value}
 
     @property
@@ -204,6 +218,7 @@ def load_sweep(path: Path, name: str | None = None) -> tuple[Sweep, Source]:
         raise
     _check_anchor(sweep, source)
     _check_objectives(sweep, source)
+    _check_ablated_devices(sweep, source)
     source.check()
     return sweep, source
 
@@ -238,6 +253,22 @@ def _check_objectives(sweep: Sweep, source: Source) -> None:
             f"measure.settings = {measure.settings}: several settings of an arm are points of its trade-off, so the "
             "search needs both objectives; add `objectives: [val_accuracy, flops]` to `search`, or leave it at 1",
         )
+
+
+def _check_ablated_devices(sweep: Sweep, source: Source) -> None:
+    """All runs that are alone on their device have the same one: their seconds are compared."""
+    for i, part in enumerate(sweep.ablate):
+        at = ("ablate",) if isinstance(source.data["ablate"], dict) else ("ablate", i)
+        for name in ("gpus", "threads"):
+            own, common = getattr(part, name), getattr(sweep.exclusive, name)
+            if own is None or own == common:
+                continue
+            where = "the measure part" if sweep.measure else "another ablation"
+            source.problem(
+                (*at, name),
+                f"ablate.{name} = {own}: {where} has {common if common is not None else 'none'}, and all measured runs "
+                f"and ablations are run alike; give it in {'`measure` alone' if sweep.measure else 'one of them'}",
+            )
 
 
 def _keys_at(loc: list[Any]) -> list[str]:

@@ -12,7 +12,6 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from fastbp.record import RunRecord
+from fastbp.record import RunRecord, utc_now
 from fastbp.run import RunConfig
 from sweeps.arms import Arm, Values
 from sweeps.ledger import DONE
@@ -213,7 +212,7 @@ def search_log(path: Path) -> Log:
 
     def log(event: dict[str, Any]) -> None:
         with contextlib.suppress(OSError), path.open("a", encoding="utf-8") as file:  # a log stops no sweep
-            file.write(json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds"), **event}) + "\n")
+            file.write(json.dumps({"at": utc_now("milliseconds"), **event}) + "\n")
 
     return log
 

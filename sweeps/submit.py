@@ -147,6 +147,12 @@ def _environment(settings: list[str]) -> dict[str, str]:
     A password in the URL stays here too.
     """
     out = {name: without_password(os.environ[name]) for name in PASSED_ON if os.environ.get(name)}
+    for name, value in out.items():
+        if value.count("=***") > os.environ[name].count("=***"):
+            raise SweepError(
+                f"{name} has a password as a parameter, and Ray writes a job's environment into its logs: set it where "
+                "the head node is started, and unset it here"
+            )
     for setting in settings:
         name, equals, value = setting.partition("=")
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):

@@ -35,6 +35,33 @@ class _Raises(WrappingEstimator):
 
 
 @dataclass(frozen=True)
+class Stumbles(Method):
+    """Raises in its twelfth step, once: until the file `flag` exists; warm-up has fewer steps."""
+
+    flag: str = ""
+
+    def bind(self, model, loss_fn):
+        return _Stumbles(self, Backprop().bind(model, loss_fn))
+
+    def exact(self, model):
+        return None
+
+
+class _Stumbles(WrappingEstimator):
+    def __init__(self, method, inner):
+        super().__init__(method, inner)
+        self.steps = 0
+
+    def backward(self, x, y):
+        self.steps += 1
+        flag = Path(self.method.flag)
+        if self.steps == 12 and not flag.exists():
+            flag.touch()
+            raise RuntimeError("stumbled in step 12")
+        return super().backward(x, y)
+
+
+@dataclass(frozen=True)
 class Nan(Method):
     """Its loss is not a number."""
 

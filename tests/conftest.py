@@ -9,11 +9,23 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_AUTH_MODE"] = "token"  # before Ray is imported, as `fastbp-sweep` does
 os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("FASTBP_FAKE_QUIET", "1")  # tests run beside others: their times mean nothing anyway
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """A private Ray cluster, shared by the tests of a module."""
+    from sweeps.cluster import ray_session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with ray_session():
+            yield
 
 
 @pytest.fixture(autouse=True)

@@ -159,18 +159,7 @@ class Victim:
         self.check_nothing_runs()
 
     def check_mlflow(self, uri: str, runs: dict[str, RunRecord]) -> None:
-        client = MlflowClient(uri)
-        experiments = client.search_experiments(filter_string="name = 'faults'")
-        found = client.search_runs([e.experiment_id for e in experiments], max_results=5000)
-        running = [run.info.run_name for run in found if run.info.status == "RUNNING"]
-        assert not running, f"left RUNNING in MLflow: {running}"
-        times = {run.info.run_name: (run.info.start_time, run.info.end_time) for run in found}
-        assert all(start <= end for start, end in times.values()), f"ended before they started: {times}"
-        keys = Counter(run.data.tags.get("fastbp.run_key") for run in found)
-        keys.pop(None, None)
-        once = Counter(list(runs))
-        extra = keys - once
-        assert keys == once, f"MLflow holds {len(keys)} runs, the records {len(runs)}; too often: {extra}"
+        check_mlflow(uri, "faults", runs)
 
     def check_nothing_runs(self, timeout: float = 60.0) -> None:
         """No process of the sweep is left, Ray's included, but for agents of its that look after minutes only."""
@@ -178,6 +167,22 @@ class Victim:
         while (left := [p for p in self.pids() if p not in self.pids("Agent")]) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not left, f"left running: {[Path(f'/proc/{pid}/cmdline').read_bytes()[:120] for pid in left]}"
+
+
+def check_mlflow(uri: str, sweep: str, runs: dict[str, RunRecord]) -> None:
+    """MLflow holds the runs of a sweep once each, and none of them RUNNING."""
+    client = MlflowClient(uri)
+    experiments = client.search_experiments(filter_string=f"name = '{sweep}'")
+    found = client.search_runs([e.experiment_id for e in experiments], max_results=5000)
+    running = [run.info.run_name for run in found if run.info.status == "RUNNING"]
+    assert not running, f"left RUNNING in MLflow: {running}"
+    times = {run.info.run_name: (run.info.start_time, run.info.end_time) for run in found}
+    assert all(start <= end for start, end in times.values()), f"ended before they started: {times}"
+    keys = Counter(run.data.tags.get("fastbp.run_key") for run in found)
+    keys.pop(None, None)
+    once = Counter(list(runs))
+    extra = keys - once
+    assert keys == once, f"MLflow holds {len(keys)} runs, the records {len(runs)}; too often: {extra}"
 
 
 def ended(records: list[Record], phase: str) -> int:

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 
@@ -12,8 +11,8 @@ import pytest
 from analysis.links import Origin, run_url
 from analysis.report import build, text_files
 from analysis_records import search_lines, synthetic, write
+from browser import CHROMIUM
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")]
 
 PROBE = """

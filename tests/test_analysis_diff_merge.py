@@ -4,13 +4,11 @@ import gzip
 import json
 import random
 
-import numpy as np
 import pytest
-from scipy import stats
 from typer.testing import CliRunner
 
 from analysis.cli import app
-from analysis.diff import change, diff, to_json, to_text, welch
+from analysis.diff import diff, to_json, to_text
 from analysis.errors import ReportError
 from analysis.load import load
 from analysis.merge import merge
@@ -31,28 +29,6 @@ def two(tmp_path, before, after):
 
 
 # --- diff --------------------------------------------------------------------------------------------------------
-
-
-def test_welch_is_scipys():
-    rng = np.random.default_rng(0)
-    x, y = rng.normal(0, 1, 5), rng.normal(1, 3, 8)
-    made, expected = welch(x, y), stats.ttest_ind(y, x, equal_var=False).confidence_interval()
-    assert (made.low, made.high) == pytest.approx((expected.low, expected.high))
-    assert made.value == pytest.approx(y.mean() - x.mean())
-    assert welch(x[:1], y).low is None, "one value has no interval"
-    assert welch(x[:0], y).value is None
-
-
-def test_change_is_paired_where_seeds_are_shared():
-    noise = {0: 0.0, 1: 10.0, 2: 20.0, 3: 30.0}
-    later = {0: 1.0, 1: 11.1, 2: 20.9, 3: 31.0}
-    made, rests_on = change(noise, later)
-    assert rests_on == "4 shared seeds"
-    assert made.low == pytest.approx(0.87, abs=0.01), "the noise that seeds share is not taken out"
-    made, rests_on = change(noise, {seed + 4: value for seed, value in later.items()})
-    assert rests_on == "4 and 4 seeds, unpaired"
-    assert made.low < 0 < made.high
-    assert change(noise, later | {3: np.nan})[1] == "3 shared seeds", "an unknown value is paired"
 
 
 def test_a_known_change_is_found_and_only_it(tmp_path):

@@ -2,9 +2,13 @@
 
 import random
 
+import pytest
+
+from analysis.contaminated import contaminated_table
+from analysis.measured import left_out
 from analysis.summary import answer
 from analysis.table import Column, Table
-from analysis_records import bp, dbp, groups_of, ldb, run_line, sweep_line
+from analysis_records import bp, dbp, groups_of, ldb, report_of, rows_of, run_line, sweep_line
 
 
 def headline(tmp_path, ldb_truth, dbp_truth):
@@ -44,12 +48,39 @@ def test_times_of_a_column_have_one_number_of_decimals():
     assert [wide.cells(row) for row in wide.rows] == [["0.0123"], ["5123"]], "no number of decimals suits both"
 
 
-def test_runs_beside_other_programs_are_said(tmp_path):
-    remark = "the processor is shared: other programs keep 1.9 of 2 cores busy"
+REMARK = "the processor is shared: other programs kept 1.9 of 2 cores busy meanwhile"
+
+
+@pytest.mark.parametrize("flag", [False, True], ids=["the flag says it", "only the remark, as in older records"])
+def test_runs_beside_other_programs_are_left_out_and_said(tmp_path, flag):
     lines = [sweep_line()]
     for seed in range(3):
-        lines.append(run_line(seed=seed, reason=remark if seed else ""))
+        beside = {"reason": REMARK, "exclusive": flag, "train_seconds": 1e6} if seed else {}
+        lines.append(run_line(seed=seed, **beside))
         lines.append(run_line(arm="ldb", role="method", method=ldb(), seed=seed))
-    _, (group,) = groups_of(tmp_path, lines)
+    results, (group,) = groups_of(tmp_path, lines)
     notes = " ".join(answer(group).notes)
-    assert "beside 2 of 6 measured runs" in notes, notes
+    assert "beside 2 of 6 finished measured runs" in notes, notes
+    assert [arm.n for arm in group.arms] == [1, 3], "a contaminated time is among the times"
+    assert [arm.n for arm in group.arms if arm.timed["train_seconds"].max() > 1e5] == []
+    (row,) = contaminated_table(results).rows
+    assert (row["arm"], row["n"], row["seconds"].value) == ("bp", 2, 1e6)
+    assert left_out(results, [group]) == {"shared their device with other work": 2}
+
+
+def test_where_no_run_was_alone_the_report_says_nothing_but_that(tmp_path):
+    """Numbers there are, under a label; no verdict, no front, no claim rests on them."""
+    lines = [sweep_line()]
+    for seed in range(5):
+        lines.append(run_line(seed=seed, reason=REMARK, exclusive=False))
+        more = {"exclusive": False, "reason": REMARK, "train_seconds": 0.1}
+        lines.append(run_line(arm="ldb", role="method", method=ldb(), seed=seed, **more))
+    contents = report_of(tmp_path, lines, figures=True)
+    text = contents["report.md"].decode()
+    assert "**Nothing can be said: other programs used the device beside every measured run" in text, text
+    assert "### Contaminated times" in text
+    assert "training time, contaminated (s)" in text
+    assert [(row["arm"], row["n"]) for row in rows_of(contents, "pareto")] == [("bp", "0"), ("ldb", "0")]
+    assert [(row["arm"], row["n"]) for row in rows_of(contents, "contaminated")] == [("bp", "5"), ("ldb", "5")]
+    assert "tables/claims.csv" not in contents, "a published claim is judged by contaminated times"
+    assert "Contaminated times" in contents["report.html"].decode()

@@ -4,12 +4,10 @@ sweep declares a difference. All generators are seeded, so these are no lotterie
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
 from analysis.comparisons import comparisons
-from analysis.measured import Arm, Group
 from analysis.pareto import front_membership, hypervolume, pareto_front, relative_volume
 from analysis.profiles import geometric_mean
 from analysis.statistics import (
@@ -23,6 +21,7 @@ from analysis.statistics import (
 from analysis.summary import compare
 from analysis.survival import median_time, restricted_mean
 from analysis.tradeoff import equal_accuracy_speed_up, reaching_log_seconds
+from simulated_sweeps import aa_group
 
 pytestmark = pytest.mark.slow
 SWEEPS = 2000
@@ -54,7 +53,7 @@ def test_accuracy_difference_and_speed_up(n):
     assert_nominal(coverage(ratios, 10 / 7), f"the speed-up of {n} seeds")
 
 
-@pytest.mark.parametrize(("n", "low", "high"), [(5, 0.86, 0.95), (10, 0.93, 0.97), (20, 0.93, 0.97)])
+@pytest.mark.parametrize(("n", "low", "high"), [(3, 0.70, 0.78), (5, 0.90, 0.95), (10, 0.93, 0.97), (20, 0.93, 0.97)])
 def test_paired_bootstrap(n, low, high):
     """Of differences as the table of tests shows it; below ten pairs it covers less, which its caption says."""
     random = np.random.default_rng(n)
@@ -225,25 +224,6 @@ def test_equal_accuracy_from_learning_curves(n):
 
 
 # --- A/A sweeps --------------------------------------------------------------------------------------------------
-
-
-def aa_group(random, n, methods):
-    """A baseline and methods that are the baseline, with effects common to a seed."""
-    clock, luck = random.normal(0, 0.02, n), random.normal(0, 0.01, n)
-    arms = []
-    for i in range(methods + 1):
-        frame = pd.DataFrame(
-            {
-                "train_seconds": 10 * np.exp(clock + random.normal(0, 0.02, n)),
-                "test_accuracy": 0.9 + luck + random.normal(0, 0.004, n),
-                "val_accuracy": np.full(n, 0.9),
-            },
-            index=pd.RangeIndex(n, name="seed"),
-        )
-        role = "method" if i else "baseline"
-        frame["status"] = "finished"
-        arms.append(Arm(f"arm{i}", "aa", f"arm{i}", role, "bp", "bp", {}, frame, frame))
-    return Group("A/A", "simulated", "group1", tuple(arms))
 
 
 @pytest.mark.parametrize(("n", "methods"), [(5, 4), (3, 4), (10, 8)])

@@ -196,6 +196,9 @@ TF32 = SOFTWARE | {"cuda": "13.0", "matmul_precision": "highest", "deterministic
         ((GPU, TF32), (GPU, TF32 | {"matmul_precision": "high"}), "high matmul precision"),
         ((GPU, TF32), (GPU, TF32 | {"deterministic": True}), "deterministic"),
         ((GPU, TF32), (GPU, TF32 | {"cudnn_benchmark": True}), "cuDNN benchmark"),
+        ((GPU, TF32), (GPU, TF32 | {"cudnn_tf32": False}), "no TF32 in cuDNN"),
+        ((GPU, TF32 | {"cudnn": 91002}), (GPU, TF32 | {"cudnn": 90100}), "cuDNN 9.10.2"),
+        ((GPU, TF32 | {"cudnn": 8902}), (GPU, TF32 | {"cudnn": 90100}), "cuDNN 8.9.2"),
         ((GPU, TF32), (GPU | {"count": 2}, TF32), "×2"),
         ((GPU, TF32), (CPU, TF32), "Test CPU"),
     ],
@@ -214,6 +217,8 @@ def test_unlike_hardware_and_software_are_refused_or_kept_apart(tmp_path, one, t
     "two",
     [
         (GPU | {"uuid": "b"}, TF32),
+        (GPU, TF32 | {"cudnn_tf32": True}),
+        (GPU, TF32 | {"fastbp": "9.9", "timm": "1.0"}),
         (GPU, {k: v for k, v in TF32.items() if k not in ("matmul_precision", "deterministic")}),
     ],
 )

@@ -309,3 +309,14 @@ def test_combinations_read_as_such(tmp_path):
     method = dbp() | {"inner": ldb(0.3)}
     _, (group,) = groups_of(tmp_path, [run_line(), run_line(arm="both", role="method", method=method)])
     assert (group.arms[1].family, group.arms[1].setting) == ("dbp+ldb", "dbp+ldb")
+
+
+def test_the_hypervolume_and_its_reference_are_columns_of_the_files(tmp_path):
+    contents = report_of(tmp_path, synthetic(5, noise=0.0))
+    for row in rows_of(contents, "pareto"):
+        assert float(row["hypervolume"]) == pytest.approx(1.3)
+        assert float(row["hypervolume_low"]) <= 1.3 <= float(row["hypervolume_high"])
+        assert (float(row["reference_seconds"]), float(row["reference_accuracy"])) == pytest.approx((20.0, 0.0))
+    assert "reference point, training time" not in contents["report.md"].decode(), "a column that repeats the caption"
+    lines = [line for line in synthetic(3) if line.get("role") != "baseline"]
+    assert {row["hypervolume"] for row in rows_of(report_of(tmp_path / "none", lines), "pareto")} == {""}

@@ -1,12 +1,16 @@
 """The `fastbp` command, as typed in a terminal 100 columns wide."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
+from fastbp import METHODS, cli
+from fastbp.cards import meanings
 from fastbp.record import last_runs, read_records
 
 
@@ -81,10 +85,112 @@ def test_bad_input_is_one_sentence(arguments, message):
     assert len(error.strip().splitlines()) == 1, error
 
 
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """The same command inside of this process, which has imported torch already: its output and errors."""
+
+    def call(*arguments, code=0):
+        monkeypatch.setattr(sys, "argv", ["fastbp", *arguments])
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setattr(cli, "console", Console(width=100))
+        monkeypatch.setenv("COLUMNS", "100")
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        done = capsys.readouterr()
+        assert ended.value.code == code, f"exit {ended.value.code}: {done.err[-1000:]}"
+        assert max(map(len, done.out.splitlines()), default=0) <= 100
+        return done
+
+    return call
+
+
 def test_methods_prints_cards_and_ranges():
     out, _ = fastbp("methods")
     for words in ("arXiv:2412.18027", "arXiv:2405.02385", "arXiv:2501.17086", "arXiv:1804.10574", "0.1 to 0.9"):
         assert words in out
+    assert "Counted costs: fastbp methods ldb --model resnet20" in out
+
+
+def test_methods_says_what_every_setting_means(called):
+    for name, kind in METHODS.items():
+        unexplained = [f.name for f in dataclasses.fields(kind) if len(meanings(kind).get(f.name, "")) < 20]
+        assert not unexplained, f"{name}: no meaning for {unexplained}"
+    out = called("methods", "ldb").out
+    assert "DecorrelatedBP" not in out
+    (row,) = [line for line in out.splitlines() if line.startswith("│ drop_rate")]
+    assert [cell.strip() for cell in row.split("│")][1:4] == ["drop_rate", "0.5", "0.1 to 0.9"]
+    assert "probability p in [0, 1)" in row
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_wraps_a_card_under_its_headings(called, name):
+    lines = called("methods", name).out.splitlines()
+    starts = ("Idea ", "Exact when ", "Needs ", "Cost ", "Departs ", "Not for ", "Reference ")
+    card = lines[next(i for i, line in enumerate(lines) if line.startswith(starts)) :]
+    card = card[: card.index("")] if "" in card else card
+    assert [line.split("  ")[0].strip() for line in card if line[:1] != " "] == [s.strip() for s in starts]
+    assert all(line[:12].strip() == "" for line in card if line[:1] == " "), "text under a heading"
+
+
+def costs(called, *arguments):
+    """The rows of the table of costs: method to its cells; lines of one row together."""
+    out = called("methods", *arguments, "--input", "1x8x8", "--batch-size", "16", "--set", "model.width=8").out
+    rows, name = {}, ""
+    for line in out[out.index("costs on ") :].splitlines():
+        if line.startswith("│"):
+            first, *cells = [cell.strip() for cell in line.strip("│").split("│")]
+            name = first or name
+            rows.setdefault(name, []).append(cells)
+    return rows
+
+
+def test_methods_counts_costs_on_a_model(called):
+    """Against the methods' own cost models, on a net of 4 blocks."""
+    rows = costs(called, "--model", "resnet_tiny")
+    assert list(rows) == ["bp", "ldb", "dbp", "highway", "ddg"]
+    assert rows["bp"] == [["1.000", "1.000", "0.000", ""]]
+    (dropping, mean, state, kind), (full, *_) = sorted(rows["ldb"])
+    assert (full, state, kind) == ("1.000", "0.000", "dropping epochs")
+    assert 0.75 < float(dropping) < 0.90, f"half of the weight gradients are a sixth: {dropping}"
+    assert float(mean) == pytest.approx((1 + float(dropping)) / 2, abs=1e-3)
+    ((step, _, state, _),) = rows["dbp"]
+    matrices = 9**2 + 8 * 72**2 + 8**2
+    assert float(state) * 1e6 == pytest.approx(4 * matrices, rel=0.05), "D of every layer, float32"
+    assert float(step) > 1.05
+    assert 1.8 < float(rows["highway"][0][0]) < 7 / 3, "at most (k + 3) / 3 of backprop's"
+    ((step, _, state, _),) = rows["ddg"]
+    assert step == "1.000"
+    assert float(state) * 1e6 > 4 * 16 * 8 * 64, "a batch in flight between the modules"
+
+
+def test_methods_counts_a_combination_at_given_settings(called):
+    arguments = ("dbp+ldb", "--model", "resnet_tiny", "--set", "inner.drop_rate=0.9", "--set", "decor_lr=0.001")
+    kinds = {cells[-1]: float(cells[0]) for cells in costs(called, *arguments)["dbp+ldb"]}
+    alone = float(costs(called, "dbp", "--model", "resnet_tiny")["dbp"][0][0])
+    assert kinds["other epochs"] == pytest.approx(alone, abs=1e-3)
+    assert kinds["dropping epochs"] < alone - 0.2
+
+
+def test_methods_says_why_there_is_no_cost(called):
+    out = called("methods", "ddg", "--model", "vit_tiny", "--input", "1x8x8", "--set", "modules=40").out
+    assert "DDG.modules = 40: this Chain has 8 blocks" in " ".join(out.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("lbd",), "no method 'lbd'; did you mean ldb?"),
+        (("--model", "vit_tin"), "no model 'vit_tin'; did you mean vit_tiny?"),
+        (("ldb", "--model", "mlp", "--input", "3x32"), "--input 3x32: expected a shape such as 3x32x32"),
+        (("--set", "drop_rate=0.9"), "--set: say of which method"),
+        (("ldb", "--set", "rate=1"), "LayerDropBack has no field 'rate'; did you mean drop_rate?"),
+    ],
+)
+def test_methods_refuses_in_one_sentence(called, arguments, message):
+    done = called("methods", *arguments, code=2)
+    assert message in done.err
+    assert not done.out, "the error would be lost behind the cards"
+    assert len(done.err.strip().splitlines()) == 1, done.err
 
 
 def test_bench_compares_with_backprop():

@@ -23,6 +23,7 @@ WRAPPERS = [
     LayerDropBack(unit="tensor", lr_policy="double", batch_scale=1.0),
     LayerDropBack(unit="block"),
     LayerDropBack(unit="prefix"),
+    LayerDropBack(unit="block", pool=2),
     DecorrelatedBP(decor_lr=1e-2, kappa=0.3),
     DecorrelatedBP(decor_lr=1e-2, sample_fraction=1.0, interval=3),
 ]

@@ -1,17 +1,21 @@
 """`fastbp-sweep doctor`: every trouble it names is made for real, and its fix is in the line."""
 
+import hashlib
 import sqlite3
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
+from fastbp.data import load_dataset
 from fastbp.installation import torchvision_mismatch
 from mlflow_servers import mlflow_server
 from sweep_files import TOY
 from sweeps import doctor
 from sweeps.cli import app
+from sweeps.mlflow_errors import problem, sentence
 
 
 def find(findings, what):
@@ -136,13 +140,15 @@ def test_a_store_of_an_older_mlflow_must_be_upgraded(here):
     store.close()
     finding = doctor.mlflow_store(None)
     assert finding.state == "fail", finding
-    assert finding.said == f"{uri}: its schema is of an older MLflow"
+    assert finding.said == f"{uri}: the store is of an older MLflow"
     assert finding.fix == f"back it up, then: mlflow db upgrade {uri}"
 
 
 def test_stores_that_are_not_there(here, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    assert doctor.mlflow_store("http://127.0.0.1:9").said == "http://127.0.0.1:9: nobody answers"
+    nobody = doctor.mlflow_store("http://127.0.0.1:9")
+    assert nobody.said == "http://127.0.0.1:9: no MLflow server answers at 127.0.0.1"
+    assert nobody.fix == "start it, or correct MLFLOW_TRACKING_URI"
     assert "MLflow no longer keeps runs in folders" in doctor.mlflow_store("file:///tmp/mlruns").said
     fresh = doctor.mlflow_store(None)
     assert fresh.state == "ok", fresh
@@ -154,14 +160,99 @@ def test_a_server_that_does_not_know_its_own_name(here):
     with mlflow_server(here / "server", "--allowed-hosts", "head.example") as uri:
         finding = doctor.mlflow_store(uri)
         assert finding.state == "fail", finding
-        assert finding.said == f"{uri}: 403, the server does not know the host name it is called by"
-        assert finding.fix == 'start the server with --allowed-hosts "127.0.0.1,127.0.0.1:*"'
+        assert finding.said == f"{uri}: the MLflow server does not accept the name 127.0.0.1 (403)"
+        assert finding.fix == "start it with --allowed-hosts '127.0.0.1,127.0.0.1:*' (mlflow server --help)"
 
 
-def test_what_a_store_says_is_understood():
-    """Refusals that need a server of their own: 401, and a schema that is newer than this MLflow."""
-    said, fix = doctor._mlflow_problem("http://h", "API request ... failed with error code 401 != 200")
-    assert said.startswith("401")
-    assert "MLFLOW_TRACKING_PASSWORD" in fix
-    said, fix = doctor._mlflow_problem("sqlite:///x", "Can't locate revision identified by 'abc'")
-    assert (said, fix) == ("its schema is of a newer MLflow", "pip install -U mlflow")
+@pytest.mark.parametrize(
+    ("uri", "text", "said", "fix"),
+    [
+        ("http://h", "API request ... failed with error code 401 != 200", "(401)", "MLFLOW_TRACKING_PASSWORD"),
+        ("http://h", "PERMISSION_DENIED: no", "(403)", "ask for the right to edit"),
+        ("http://h", "too many 503 error responses", "error 503", "see its log"),
+        ("http://me:p@h", "Read timed out.", "at h does not answer in time", ""),
+        ("sqlite:///x", "Can't locate revision identified by 'abc'", "of a newer MLflow", "pip install -U mlflow"),
+        ("sqlite:///x", "error code 401, says a file name", "", ""),
+        ("http://h", "something else", "", ""),
+    ],
+)
+def test_what_a_store_says_is_understood(uri, text, said, fix):
+    """Refusals that need a server of their own; a sweep and the doctor read them alike."""
+    found = problem(text, uri)
+    assert said in found[0], found
+    assert fix in found[1], found
+    assert bool(said) == bool(found[0]), found
+    one = sentence(RuntimeError(text), uri)
+    assert one == (f"{found[0]}; {found[1]}".strip("; ") if said else f"RuntimeError: {text}")
+
+
+@pytest.fixture
+def cifar(here, monkeypatch):
+    """The files of a CIFAR-10, as torchvision knows them, where a function is told to put them; no network."""
+    datasets = pytest.importorskip("torchvision.datasets")
+
+    def put(what, content=b"not really"):
+        root = here / "cache"
+        (root / datasets.CIFAR10.base_folder).mkdir(parents=True, exist_ok=True)
+        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        if what == "archive":
+            monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5)
+            (root / datasets.CIFAR10.filename).write_bytes(content)
+            return
+        for name in ("train_list", "test_list"):
+            files = [(file, md5) for file, _ in getattr(datasets.CIFAR10, name)]
+            monkeypatch.setattr(datasets.CIFAR10, name, files)
+            for file, _ in files:
+                (root / datasets.CIFAR10.base_folder / file).write_bytes(content)
+
+    def no_network(*args, **kwargs):
+        pytest.fail("the doctor downloads")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    return put
+
+
+CIFAR = TOY.replace("data: digits", "data: cifar10").replace(
+    "model: mlp, model_args: {depth: 2, width: 8}", "model: vit_tiny"
+)
+
+
+def test_data_that_is_not_here_is_said_and_not_fetched(here, cifar, monkeypatch):
+    monkeypatch.setattr("sweeps.plan.load_plan", lambda file: pytest.fail("the arms were bound"))
+    (here / "toy.yaml").write_text(CIFAR)
+    findings = list(doctor.examine("toy.yaml", None, None))
+    data = find(findings, "data")
+    assert (data.state, data.said) == ("warn", f"cifar10: would be downloaded into {here}/cache"), data
+    assert (find(findings, "arms").said) == "not bound to the model: the data is not here yet"
+    assert not (here / "cache").exists(), "the doctor made the cache"
+    cifar("archive")
+    assert find(doctor.examine("toy.yaml", None, None), "data").said.startswith("cifar10: would be unpacked into")
+
+
+def test_data_that_is_here_is_used(here, cifar, monkeypatch):
+    cifar("files")
+    bound = []
+    monkeypatch.setattr("sweeps.plan.load_plan", lambda file: bound.append(file) or SimpleNamespace(arms=[1, 2]))
+    (here / "toy.yaml").write_text(CIFAR)
+    findings = list(doctor.examine("toy.yaml", None, None))
+    assert (find(findings, "data").state, find(findings, "arms").state, bound) == ("ok", "ok", ["toy.yaml"])
+    (here / "toy.yaml").write_text(CIFAR.replace("model: vit_tiny", "model: timm:vit, model_args: {pretrained: true}"))
+    finding = find(doctor.examine("toy.yaml", None, None), "arms")
+    assert finding.said == "not bound to the model: task.model_args.pretrained may be downloaded"
+    assert bound == ["toy.yaml"], "a model with weights was made"
+
+
+def test_pictures_are_not_decoded_by_the_doctor(here):
+    image = pytest.importorskip("PIL.Image")
+    for name in ("a", "b"):
+        (here / "pictures" / name).mkdir(parents=True)
+        for i in range(12):
+            image.new("RGB", (8, 8), (i, 9 * i, 200)).save(here / "pictures" / name / f"{i}.png")
+    text = TOY.replace("data: digits", "data: folder:pictures").replace(", data_args: {limit: 128}", "")
+    (here / "toy.yaml").write_text(text)
+    data = find(doctor.examine("toy.yaml", None, None), "data")
+    assert (data.state, "would be decoded, once, into" in data.said) == ("warn", True), data
+    assert not (here / "cache").exists(), "the doctor made the cache"
+    load_dataset("folder:pictures", device="cpu")
+    findings = list(doctor.examine("toy.yaml", None, None))
+    assert (find(findings, "data").state, find(findings, "arms").state) == ("ok", "ok"), findings

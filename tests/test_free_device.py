@@ -1,5 +1,6 @@
-"""A measured run's device is its own: other processes on a GPU are refused, a busy processor is remarked."""
+"""A measured run's device is its own: other processes on a GPU are refused, on the processor they are counted."""
 
+import contextlib
 import os
 import sys
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from trainables import free_device
-from trainables.free_device import busy_remark, check_alone, wait_until_free
+from trainables.free_device import OtherPrograms, check_alone, wait_until_free
 
 
 @pytest.fixture
@@ -55,13 +56,69 @@ def test_without_nvml_nothing_is_known_and_nothing_refused(monkeypatch):
     wait_until_free(torch.device("cpu"), seconds=0)
 
 
-@pytest.mark.parametrize(("cores", "remark"), [(0.1, ""), (1.5, "other programs keep 1.5 of")])
-def test_a_busy_processor_is_remarked(tmp_path, monkeypatch, cores, remark):
-    stat = tmp_path / "stat"
-    stat.write_text("cpu 100 0 50 999 10 0 0 0 0 0\n")
-    ticks = 100 + round(cores * os.sysconf("SC_CLK_TCK"))
-    monkeypatch.setattr(free_device.time, "sleep", lambda _: stat.write_text(f"cpu {ticks} 0 50 1300 10 0 0 0 0 0\n"))
-    found = busy_remark(1.0, stat)
-    assert remark in found, found
-    assert bool(remark) == bool(found), found
-    assert busy_remark(0.0, tmp_path / "none") == "", "an unknown load was remarked"
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Two cores of ours among four: a function that lets seconds pass in which others and we work on them."""
+    monkeypatch.delenv("FASTBP_FAKE_QUIET", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    stat, now, ticks = tmp_path / "stat", {"wall": 100.0, "own": 7.0, "ours": 0.0, "far": 0.0}, os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(free_device.time, "monotonic", lambda: now["wall"])
+    monkeypatch.setattr(free_device.time, "process_time", lambda: now["own"])
+
+    def passes(seconds, others=0.0, own=0.0, far=0.0):
+        """`others`, `own` and `far`: cores kept busy by other programs here, by us, and on cores that are not ours."""
+        now["wall"], now["own"] = now["wall"] + seconds, now["own"] + own * seconds
+        now["ours"], now["far"] = now["ours"] + (others + own) * seconds, now["far"] + far * seconds
+        half, waited = round(now["ours"] * ticks / 2), round(100 * now["wall"])
+        each = [f"cpu{i} {half} 0 50 {waited} 9{waited} 0 0 0 0 0" for i in (0, 1)]
+        each += [f"cpu{i} {round(now['far'] * ticks / 2)} 0 50 {waited} 10 0 0 0 0 0" for i in (2, 3)]
+        stat.write_text("\n".join([f"cpu {10**9} 0 0 0 0 0 0 0 0 0", *each, "intr 1 2 3", "ctxt 4"]) + "\n")
+
+    passes(0.0)
+    monkeypatch.setattr(free_device.time, "sleep", passes)
+    return stat, passes
+
+
+@pytest.mark.parametrize(
+    ("spans", "cores"),
+    [
+        ([(10.0, {"own": 2.0})], None),  # what we do ourselves is no neighbour
+        ([(10.0, {"others": 0.4, "own": 1.0})], None),
+        ([(10.0, {"others": 1.5, "own": 0.5})], "1.5"),
+        ([(10.0, {"far": 2.0, "own": 1.0})], None),  # on cores that this process may not use
+        ([(1.0, {"others": 2.0}), (9.0, {})], None),  # 0.2 of a core over the run
+        ([(1.0, {"others": 2.0}), (1.0, {"others": 0.2})], "1.1"),
+        ([(0.06, {"others": 2.0})], "0.6"),  # and then 0.14 s of quiet
+        ([(0.01, {"others": 2.0})], None),
+        ([], None),
+    ],
+)
+def test_others_are_counted_over_what_was_watched_alone(machine, spans, cores):
+    stat, passes = machine
+    others = OtherPrograms(stat)
+    for seconds, work in spans:
+        with others.watched():
+            passes(seconds, **work)
+        passes(100.0, others=2.0)  # nobody watches
+    found = others.remark()
+    if cores is None:
+        assert found == "", found
+    else:
+        assert found == f"the processor is shared: other programs kept {cores} of 2 cores busy meanwhile"
+
+
+def test_where_nobody_counts_nothing_is_remarked(machine, tmp_path):
+    _, passes = machine
+    others = OtherPrograms(tmp_path / "none")
+    with others.watched():
+        passes(10.0, others=2.0)
+    assert others.remark() == "", "an unknown load was remarked"
+
+
+def test_a_failing_run_is_watched_too(machine):
+    stat, passes = machine
+    others = OtherPrograms(stat)
+    with contextlib.suppress(KeyError), others.watched():
+        passes(10.0, others=2.0)
+        raise KeyError
+    assert others.remark() != ""

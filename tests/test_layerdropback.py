@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbp import Backprop, DecorrelatedBP, HighwayBP, LayerDropBack
-from fastbp.methods.layerdropback import _prefix_mask, dropped_mask, prefix_top
+from fastbp.masks import dropped_mask, prefix_mask, prefix_top
 from fastbp.units import droppable_units, head_parameters
 from reference import layerdropback as twin
 
@@ -172,6 +172,9 @@ OPTIMIZERS = {
     "adam": lambda ps: torch.optim.Adam(ps, 0.1, weight_decay=0.1),
     "adam fused": lambda ps: torch.optim.Adam(ps, 0.1, weight_decay=0.1, fused=True),
     "adamw": lambda ps: torch.optim.AdamW(ps, 0.1, weight_decay=0.1),
+    "adam foreach": lambda ps: torch.optim.Adam(ps, 0.1, weight_decay=0.1, foreach=True),
+    "adamw foreach": lambda ps: torch.optim.AdamW(ps, 0.1, weight_decay=0.1, foreach=True),
+    "adamw fused": lambda ps: torch.optim.AdamW(ps, 0.1, weight_decay=0.1, fused=True),
 }
 
 
@@ -364,7 +367,7 @@ def test_mask_on_top_of_another_method(inner):
 @pytest.mark.parametrize(("p", "units"), [(0.25, 8), (0.5, 8), (0.1, 30)])
 def test_prefix_rates(p, units):
     draws, top = 20_000, prefix_top(units, p)
-    mask = _prefix_mask(0, 2, range(draws), torch.arange(units), p).double()
+    mask = prefix_mask(0, 2, range(draws), units, p).double()
     assert bool((mask[:, 1:] <= mask[:, :-1]).all()), "a dropped unit lies above a kept one"
     want = torch.tensor([max(0.0, (top - u) / (top + 1)) for u in range(units)], dtype=torch.float64)
     sigma = (want * (1 - want) / draws).sqrt() + 1e-9

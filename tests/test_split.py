@@ -136,8 +136,10 @@ def test_splits_of_a_net_whose_last_blocks_are_heavy(split, want):
     estimator = DDG(modules=2, split=split).bind(net, lambda out, y: out.sum())
     estimator.prepare(torch.randn(256, 96), torch.zeros(256))
     assert estimator.cutter.cuts == want, f"split by {split} at {estimator.cutter.cuts}"
-    shown = [row["first_block"] for row in estimator.table()]
-    assert shown == ([0, want[0]] if split in ("time", "flops") else []), f"the table shows {shown}"
+    rows = estimator.table()
+    assert [row["first_block"] for row in rows] == [0, want[0]], f"the table shows {rows}"
+    measured = [row["memory_bytes"] > 0 for row in rows]
+    assert measured == [split in ("time", "flops")] * 2, f"memory that nobody measured: {rows}"
 
 
 def test_auto_is_time_where_modules_run_side_by_side():

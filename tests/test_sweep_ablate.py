@@ -13,6 +13,7 @@ from fastbp.record import SweepRecord
 from sweep_files import ended, plan_of
 from sweeps import mlflow_view
 from sweeps.ablate import Cell, expand
+from sweeps.estimate import works_of
 from sweeps.fraction import regular_fraction
 from sweeps.ledger import Ledger
 from sweeps.source import SweepError
@@ -254,6 +255,47 @@ BAD = [
         ":8: ablate: cell ddg/modules=50: .*modules",
     ),
 ]
+
+
+TWO = """\
+  - {arm: both, design: leave_one_out, seeds: [0], threads: 1, gpus: 0}
+  - {arm: both, design: add_one_in, seeds: [0]}
+"""
+
+
+def test_without_a_measure_part_the_ablations_say_how_they_are_run(tmp_path):
+    plan = plan_of(tmp_path, HEAD + TWO)
+    assert (plan.exclusive_part.gpus, plan.exclusive_part.threads) == (0, 1)
+    assert {work.threads for work in works_of(plan)} == {1}, "the estimate is for other threads"
+    assert plan_of(tmp_path, HEAD + TWO.replace("in, seeds: [0]", "in, seeds: [0], threads: 1")).arms
+    none = plan_of(tmp_path, HEAD + TWO.replace(", threads: 1, gpus: 0", ""))
+    assert (none.exclusive_part.gpus, none.exclusive_part.threads) == (None, None)
+    assert all("threads" not in part for part in none.sweep.config()["ablate"]), "folders of before are refused"
+    assert none.sweep.hash != plan.sweep.hash
+    both = plan_of(tmp_path, HEAD.replace("ablate:", "measure: {seeds: [0], threads: 1, gpus: 0}\nablate:") + TWO)
+    assert both.exclusive_part.threads == 1
+
+
+@pytest.mark.parametrize(
+    ("measure", "ablate", "message"),
+    [
+        (
+            "",
+            TWO.replace("in, seeds: [0]", "in, seeds: [0], threads: 2"),
+            "10: ablate.threads = 2: another ablation has 1",
+        ),
+        (
+            "measure: {seeds: [0]}\n",
+            TWO,
+            "10: ablate.threads = 1: the measure part has none.*give it in `measure` alone",
+        ),
+        ("", TWO.replace("gpus: 0", "gpus: 2"), "9: ablate.0.gpus = 2: input should be less than or equal to 1"),
+    ],
+)
+def test_ablations_that_would_run_unlike_the_others_are_refused(tmp_path, measure, ablate, message):
+    with pytest.raises(SweepError) as caught:
+        plan_of(tmp_path, HEAD.replace("ablate:", f"{measure}ablate:") + ablate)
+    assert re.search(f"toy.yaml:{message}", str(caught.value)), f"said: {caught.value}"
 
 
 @pytest.mark.parametrize(("part", "message"), BAD)

@@ -12,7 +12,7 @@ import pytest
 import mlflow_servers
 from fastbp.record import RunRecord
 from faults import Victim, ended, under_way
-from sweeps.drive import saved_states
+from sweeps.saved_states import saved_states
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -97,6 +97,16 @@ def test_it_counts_how_runs_ended_and_keeps_the_best_accuracy(stage):
     assert said.count("ldb failed (attempt 1): boom") == 1, "a failure is said once, above the table"
 
 
+def test_no_part_of_the_first_second_is_shown(stage):
+    live, clock, runs = stage
+    live.phase("search", BOTH, Ledger())
+    start(live, runs["bp"][0])
+    clock.seconds += 0.00027
+    assert lines_of(live)[0] == "search  0/6 runs  0 s"
+    live.epoch(EpochRecord(run_key=runs["bp"][0].key, epoch=0))
+    assert lines_of(live)[0].startswith("search  0/6 runs  0 s  about 1.0 s left, until "), lines_of(live)[0]
+
+
 def test_a_second_attempt_takes_the_failure_back(stage):
     live, _, runs = stage
     live.phase("search", BOTH, Ledger())

@@ -2,17 +2,19 @@
 
 import gzip
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from fastbp.record import RecordWriter, RunRecord, SweepRecord, read_records
-from sweep_files import ended, history, plan_of, sweep_record
+from sweep_files import TOY, ended, history, plan_of, sweep_record
 from sweeps import mlflow_view as view
 from sweeps.mlflow_sync import MlflowMirror, try_sync
 from sweeps.mlflow_tree import Tree
 from sweeps.mlflow_view import MAX_METRICS, mean_interval, method_name
+from sweeps.outcome import planned_trials
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +25,6 @@ def uri(tmp_path_factory):
 @pytest.fixture
 def sweep(tmp_path, request):
     """A plan under a name of its own, so that tests share one store; search trials; measured runs."""
-    from sweep_files import TOY
-
     plan = plan_of(tmp_path, TOY.replace("name: toy", f"name: {request.node.name[:60].strip('[]')}"))
     trials = [plan.search_run(arm, _values(arm, lr)) for lr in (0.1, 0.2, 0.3) for arm in plan.arms]
     from sweeps.ledger import Ledger
@@ -170,6 +170,38 @@ def test_an_interrupted_run_is_closed_and_opens_again_when_it_goes_on(tmp_path, 
     runs = by_level(runs_of(uri, plan.sweep.name)[0], "run")
     assert [run.info.status for run in runs] == ["FINISHED"], f"after the retry: {[r.info.status for r in runs]}"
     assert runs[0].data.tags["fastbp.attempt"] == "1"
+
+
+def test_a_search_cut_short_between_two_trials_is_not_finished(tmp_path, uri):
+    """No run is under way when the sweep ends, and yet trials are missing."""
+    plan = plan_of(tmp_path, TOY.replace("measure: {seeds: [0, 1, 2]}\n", ""))
+    bp, ldb = plan.arms
+    trials = [plan.search_run(bp, {"recipe.lr": lr / 10}) for lr in (1, 2, 3)]
+    trials += [plan.search_run(ldb, {"recipe.lr": lr / 10, "method.drop_rate": 0.3}) for lr in (1, 2, 3)]
+    lines = [line for run in trials[:4] for line in history(run)]
+    path = write(tmp_path / "records.jsonl", replace(sweep_record(plan), search_runs=planned_trials(plan)), *lines)
+
+    def states(final):
+        MlflowMirror(path, uri).sync(final=final)
+        found, _ = runs_of(uri, plan.sweep.name)
+        return {run.info.run_name: run.info.status for run in found if "#" not in run.info.run_name}
+
+    assert states(final=False) == {plan.sweep.name: "RUNNING", "search bp": "FINISHED", "search ldb": "RUNNING"}
+    assert states(final=True) == {plan.sweep.name: "KILLED", "search bp": "FINISHED", "search ldb": "KILLED"}
+    write(path, *[line for run in trials[4:] for line in history(run)])
+    assert set(states(final=True).values()) == {"FINISHED"}
+
+
+def test_a_run_that_was_not_alone_says_so_in_its_tags(tmp_path, uri, sweep):
+    plan, _, runs = sweep
+    start, *epochs, end = history(runs[0])
+    shared = replace(end, exclusive=False, reason="the processor is shared: other programs kept 2.0 of 2 cores busy")
+    path = write(tmp_path / "records.jsonl", sweep_record(plan, 1), start, *epochs)
+    for expected, lines in (("true", ()), ("false", (shared,))):
+        MlflowMirror(write(path, *lines), uri).sync()
+        found, _ = runs_of(uri, plan.sweep.name)
+        assert by_level(found, "run")[0].data.tags["exclusive"] == expected
+    assert not [key for key in by_level(found, "cell")[0].data.metrics if key.startswith("train_seconds")]
 
 
 def test_the_curve_of_a_retried_run_has_every_epoch_once(tmp_path, uri, sweep):

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import ray
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from fastbp.environment import device_fingerprint
 from fastbp.record import RunRecord, last_runs, read_records
+from faults import check_mlflow
 from sweep_files import ended
 from sweeps.cluster import _runs_on, check_resources, concurrent_trials, ray_session
 from sweeps.drive import run_sweep
@@ -54,13 +56,13 @@ def cluster():
             cluster.shutdown()
 
 
-def run(folder, text):
+def run(folder, text, *, mlflow=False):
     """Run a sweep; how it ended, its measured and search runs, and what was said."""
     file = folder / "sweep.yaml"
     file.write_text(text)
     said = io.StringIO()
     plan = load_plan(str(file))
-    outcome = run_sweep(plan, file, folder / "out", Progress(Console(file=said, width=200)), mlflow=False)
+    outcome = run_sweep(plan, file, folder / "out", Progress(Console(file=said, width=200)), mlflow=mlflow)
     runs = last_runs(read_records(folder / "out" / "records.jsonl")).values()
     return outcome, {phase: [r for r in runs if r.phase == phase] for phase in ("search", "measure")}, said.getvalue()
 
@@ -142,12 +144,13 @@ def test_a_node_that_dies_while_measuring_costs_nothing_but_its_run(cluster, tmp
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    outcome, runs, said = run(
-        tmp_path,
-        "name: dying\n" + TASK.format(file=file, seconds=0.5) + "measure: {seeds: [0, 1, 2, 3], threads: 1, gpus: 0}\n",
-    )
+    uri = f"sqlite:///{tmp_path / 'mlruns.db'}"
+    text = "name: dying\n" + TASK.format(file=file, seconds=0.5) + f"mlflow: {{tracking_uri: {uri}}}\n"
+    outcome, runs, said = run(tmp_path, text + "measure: {seeds: [0, 1, 2, 3], threads: 1, gpus: 0}\n", mlflow=True)
     killer.join(timeout=60)
     assert outcome.ok, f"{outcome}: {said}"
+    assert outcome.mlflow_error == "", outcome.mlflow_error
+    check_mlflow(uri, "dying", {r.run_key: r for r in runs["measure"]})
     keys = [r.run_key for r in runs["measure"]]
     assert len(keys) == len(set(keys)) == 8, f"{len(keys)} runs: {said}"
     ends = [r for r in read_records(tmp_path / "out" / "records.jsonl") if isinstance(r, RunRecord)]
@@ -171,8 +174,8 @@ def test_another_machine_must_have_the_same_device(cluster):
     said = []
     node = pick_node(0, 1, {"node": "far/12345678", "name": here, "threads": 1}, said.append)
     assert said == [f"measure: node far/12345678 is gone; continuing on {node.name}, also {here}"]
-    with pytest.raises(SweepError, match=r"made on Abacus \(node far/12345678, 1 threads\), and no live node has that"):
-        pick_node(0, 1, {"node": "far/12345678", "name": "Abacus", "threads": 1}, said.append)
+    with pytest.raises(SweepError, match=r"^ablate: .* made on Abacus \(node far/12345678, 1 threads\), and no live"):
+        pick_node(0, 1, {"node": "far/12345678", "name": "Abacus", "threads": 1}, said.append, "ablate")
 
 
 @pytest.mark.long
@@ -245,6 +248,10 @@ def test_a_split_block_is_said(tmp_path):
         f"measure: block 1 (seed 1) began on {B.name} and ends on {A.name}, so its pairs span two machines with the "
         "same device"
     ]
+    ablated = [replace(run, phase="ablate") for run in runs]
+    done = Ledger.of([replace(ended(run), device={"node": B.name}) for run in ablated[:3]])
+    (sentence,) = split_blocks(ablated, done, A)
+    assert sentence.startswith("ablate: block 1 (seed 1)"), sentence
 
 
 def test_a_gpu_that_torch_cannot_see_is_a_sentence(monkeypatch):

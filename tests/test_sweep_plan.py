@@ -1,10 +1,12 @@
 """The plan of a sweep: chosen settings and measured blocks."""
 
 import errno
+import io
 import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,9 +14,13 @@ from rich.console import Console
 from fastbp import LayerDropBack
 from fastbp.nets import make_model
 from sweep_files import TOY, ended, plan_of
-from sweeps.drive import _keep_copy, locked, open_ledger, run_sweep, saved_states
+from sweeps.drive import run_sweep
+from sweeps.experiments import Experiments
 from sweeps.ledger import Ledger, config_of
-from sweeps.progress import Progress
+from sweeps.outcome import planned_trials, unsearched
+from sweeps.output_folder import keep_copy, locked, open_ledger
+from sweeps.progress import Progress, plan_table
+from sweeps.saved_states import saved_states
 from sweeps.source import SweepError, SweepStopped
 
 
@@ -133,7 +139,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
 def test_a_full_disk_leaves_the_copy_of_the_sweep_file_as_it_was(tmp_path, monkeypatch):
     file, copy = tmp_path / "mine.yaml", tmp_path / "sweep.yaml"
     file.write_text("name: one")
-    _keep_copy(file, copy)
+    keep_copy(file, copy)
     file.write_text("name: two")
 
     def full(path, data):
@@ -142,7 +148,7 @@ def test_a_full_disk_leaves_the_copy_of_the_sweep_file_as_it_was(tmp_path, monke
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(SweepStopped, match=r"No space left on device.*: free space, then run the same command again"):
-        _keep_copy(file, copy)
+        keep_copy(file, copy)
     assert copy.read_text() == "name: one"
 
 
@@ -162,13 +168,79 @@ def test_whatever_ends_a_sweep_that_has_begun_mlflow_is_told(tmp_path, monkeypat
         writer.write(ended(plan.search_run(plan.arms[0], {"recipe.lr": 0.1}), status="running"))
 
 
-def test_the_saved_states_of_a_run_are_found_newest_first_whatever_the_clock_said(tmp_path):
-    assert saved_states(str(tmp_path), "abc") == []
+@pytest.mark.parametrize("scheme", ["", "file://"], ids=["folder", "URI"])
+def test_the_saved_states_of_a_run_are_found_newest_first_whatever_the_clock_said(tmp_path, scheme):
+    storage = f"{scheme}{tmp_path / 'tune'}"
+    assert saved_states(storage, "abc") == []
     names = ["abc-1/checkpoint_000000", "abc-0/checkpoint_000010", "abc-0/checkpoint_000009"]
     for age, name in enumerate([*names, "abcd-2/checkpoint_000020"]):
-        (tmp_path / "toy-search" / name).mkdir(parents=True)
-        file = tmp_path / "toy-search" / name / "run.pt"
+        (tmp_path / "tune" / "toy-search" / name).mkdir(parents=True)
+        file = tmp_path / "tune" / "toy-search" / name / "run.pt"
         file.write_text("")
         os.utime(file, (age, age))  # the newest has the oldest date
-    found = saved_states(str(tmp_path), "abc")
-    assert found == [str(tmp_path / "toy-search" / name / "run.pt") for name in names], f"found {found}"
+    (tmp_path / "tune" / "toy-search" / "abc-3" / "checkpoint_000000").mkdir(parents=True)  # cut short
+    (tmp_path / "tune" / "toy-search" / "tuner.pkl").write_text("")
+    assert saved_states(storage, "abc") == [f"{storage}/toy-search/{name}/run.pt" for name in names]
+    assert saved_states(f"{storage}/", "abc") == saved_states(storage, "abc")
+
+
+def test_a_storage_that_cannot_be_read_costs_the_epochs_and_is_said(tmp_path):
+    said, plan = [], plan_of(tmp_path)
+    run = plan.search_run(plan.arms[0], {"recipe.lr": 0.1})
+    parts: Any = (plan.sweep, "nowhere://bucket", None, Ledger(), None, None, said.append)
+    trial = Experiments(*parts).trial(exclusive=False, threads=1, gpus=0)
+    assert trial(run, 0)["checkpoints"] == []
+    assert not said, "a first attempt has no state to look for"
+    assert trial(run, 1)["checkpoints"] == []
+    assert said[0].startswith("search bp: starts anew, as its saved states cannot be looked up ("), said
+
+
+def plan_text(plan):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(plan_table(plan))
+    return console.file.getvalue()
+
+
+def test_the_plan_shows_the_parts_that_the_file_has_and_how_many_settings(tmp_path):
+    text = plan_text(plan_of(tmp_path))
+    assert all(f" {name} " in text for name in ("searched", "trials", "measured")), text
+    assert "│ 3 + control" in text, text
+    several = TOY.replace("epochs: 1}", "epochs: 1, objectives: [val_accuracy, flops]}")
+    text = plan_text(plan_of(tmp_path, several.replace("{seeds", "{settings: 2, seeds")))
+    assert "│ up to 2 × 3 + control" in text, text
+    assert "│ 3  " in text, "the anchor has one setting"
+    alone = TOY[: TOY.index("search:")].replace("drop_rate: search", "drop_rate: 0.5")
+    alone = alone.replace("{log_uniform: [0.01, 0.5]}", "0.1")
+    text = plan_text(plan_of(tmp_path, alone + "ablate: {arm: ldb, design: leave_one_out, seeds: [0]}\n"))
+    assert not any(f" {name} " in text for name in ("searched", "trials", "measured")), text
+
+
+def test_only_what_is_left_of_a_search_is_searched(tmp_path):
+    """Nothing once all trials ended, the failed ones even of an arm that is measured; its settings stand meanwhile."""
+    plan = plan_of(tmp_path)
+    assert planned_trials(plan) == {"bp": 3, "ldb": 3}
+    rows = [(0.1, 0.3, {}), (0.2, 0.4, {"status": "diverged", "val": None}), (0.3, 0.5, {"status": "stopped"})]
+    left = [[], rows[:2], rows]
+    for done, arms in zip(left, (["bp", "ldb"], ["bp", "ldb"], ["ldb"]), strict=True):
+        ledger = Ledger.of([*searched(plan, "bp", done), *searched(plan, "ldb", rows[:1])])
+        assert [arm.name for arm in unsearched(plan, ledger)] == arms
+    ledger = full_ledger(plan)
+    assert [arm.name for arm in unsearched(plan, ledger)] == ["bp", "ldb"], "a trial is missing"
+    for run in plan.measure_runs(ledger)[:3]:
+        ledger.add(ended(run))
+    assert unsearched(plan, ledger) == [], "the settings of a measured arm stand"
+    for record in searched(plan, "ldb", [(0.4, 0.6, {"status": "failed", "val": None})]):
+        ledger.add(record)
+    assert [arm.name for arm in unsearched(plan, ledger)] == ["ldb"], "a failed trial was given up"
+    chosen = plan.chosen(plan.arms[1], ledger)
+    for record in searched(plan, "ldb", [(0.4, 0.6, {"val": 0.99})]):
+        ledger.add(record)
+    assert unsearched(plan, ledger) == []
+    assert plan.chosen(plan.arms[1], ledger) == chosen, "what was measured is not what is chosen"
+
+
+def test_an_arm_with_fewer_settings_than_trials_has_so_many_runs(tmp_path):
+    text = TOY.replace("drop_rate: search", "recipe: {lr: {choice: [0.1, 0.2]}}")
+    text = text.replace("trials: 3", "trials: 5").replace("bp: {method: bp}", "bp: {method: bp, recipe: {lr: 0.1}}")
+    plan = plan_of(tmp_path, text)
+    assert planned_trials(plan) == {"bp": 1, "ldb": 2}

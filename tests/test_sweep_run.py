@@ -1,6 +1,5 @@
 """A whole sweep on a real private Ray cluster and a real sqlite store: failures, exit codes, continuing."""
 
-import os
 from collections import Counter
 
 import pytest
@@ -8,10 +7,9 @@ from mlflow import MlflowClient
 
 from fastbp.record import EpochRecord, RunRecord, read_records
 from sweep_files import invoke
-from sweeps.cluster import ray_session
 from sweeps.ledger import Ledger
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray")]
 
 SWEEP = """\
 name: faults
@@ -26,15 +24,6 @@ arms:
 search: {{sampler: random, trials: 2, epochs: 1}}
 measure: {{seeds: [0, 1], threads: 1}}
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray():
-    before = os.environ.pop("RAY_ADDRESS", None)
-    with ray_session():
-        yield
-    if before is not None:
-        os.environ["RAY_ADDRESS"] = before
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +143,60 @@ def test_a_sweep_without_failures_exits_with_zero(ray, tmp_path):
     expected = {("search", "bp", 1): 1, ("search", "ldb", 1): 1, ("measure", "bp", 1): 1, ("measure", "ldb", 1): 2}
     assert found == expected, f"a smoke run made {found}"
     assert not (tmp_path / "mlruns.db").exists(), "--no-mlflow made a store"
+
+
+STUMBLES = """\
+name: stumbles
+task: {{data: digits, model: mlp, model_args: {{depth: 2, width: 8}}, data_args: {{limit: 128}}}}
+recipe: {{epochs: 8, batch_size: 64, lr: 0.1}}
+arms:
+  stumbles: {{method: "broken_methods:Stumbles", flag: {folder}/flag}}
+search: {{sampler: random, trials: 1, checkpoint_epochs: 1}}
+storage_path: file://{folder}/shared
+"""
+
+
+def test_a_trial_continues_from_a_state_in_a_storage_that_is_a_uri(ray, tmp_path):
+    (tmp_path / "stumbles.yaml").write_text(STUMBLES.format(folder=tmp_path))
+    result = invoke(tmp_path, "run", "stumbles.yaml", "--no-report", "--no-mlflow")
+    assert result.exit_code == 0, result.output
+    records = list(read_records(tmp_path / "fastbp-runs" / "stumbles" / "records.jsonl"))
+    (end,) = Ledger.of(records).runs.values()
+    assert (end.status, end.attempt, end.resumed, end.reason) == ("finished", 1, True, ""), f"{end}"
+    epochs = [(r.attempt, r.epoch) for r in records if isinstance(r, EpochRecord)]
+    assert epochs == [(0, i) for i in range(5)] + [(1, i) for i in range(5, 8)], f"epochs are {epochs}"
+    before = len(records)
+    again = invoke(tmp_path, "run", "stumbles.yaml", "--no-report", "--no-mlflow")
+    assert (again.exit_code, "1 of them already done" in again.output) == (0, True), again.output
+    assert len(list(read_records(tmp_path / "fastbp-runs" / "stumbles" / "records.jsonl"))) == before
+
+
+RETRIED = """\
+name: retried
+task: {{data: digits, model: mlp, model_args: {{depth: 2, width: 8}}, data_args: {{limit: 128}}}}
+recipe: {{epochs: 1, batch_size: 64, lr: 0.1}}
+arms:
+  bp: {{method: bp}}
+  flaky: {{method: "broken_methods:Raises", flag: {folder}/flag, recipe: {{batch_size: {{choice: [32, 64]}}}}}}
+search: {{sampler: grid, trials: 2}}
+measure: {{seeds: [0], threads: 1, controls: false}}
+max_failures: 0
+"""
+
+
+def test_a_failed_trial_of_an_arm_that_is_measured_is_tried_again(ray, tmp_path):
+    """The first of two trials fails; the arm is measured at the other's setting, which stands."""
+    (tmp_path / "retried.yaml").write_text(RETRIED.format(folder=tmp_path))
+    out = tmp_path / "fastbp-runs" / "retried" / "records.jsonl"
+    first = invoke(tmp_path, "run", "retried.yaml", "--no-report", "--no-mlflow")
+    assert first.exit_code == 1, first.output
+    ledger = Ledger.of(read_records(out))
+    states = Counter((r.phase, r.arm, r.status) for r in ledger.runs.values())
+    assert states["search", "flaky", "failed"] == states["search", "flaky", "finished"] == 1, states
+    assert states["measure", "flaky", "finished"] == 1, states
+    again = invoke(tmp_path, "run", "retried.yaml", "--no-report", "--no-mlflow")
+    assert again.exit_code == 0, again.output
+    after = Ledger.of(read_records(out))
+    assert {r.status for r in after.runs.values()} == {"finished"}
+    assert sum(after.attempts.values()) == sum(ledger.attempts.values()) + 1, "more than the failed trial was run"
+    assert after.of_phase("measure") == ledger.of_phase("measure"), "what was measured has changed"

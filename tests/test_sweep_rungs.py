@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import shutil
 from collections import Counter
@@ -14,10 +13,10 @@ from fastbp import DecorrelatedBP, LayerDropBack
 from fastbp.record import EpochRecord, RunRecord, SweepRecord, read_records
 from sweep_files import TOY, ended, invoke, plan_of
 from sweeps.choose import chosen_trials
-from sweeps.cluster import ray_session
 from sweeps.ledger import Ledger
 from sweeps.mlflow_tree import Tree
-from sweeps.rungs import Cost, Ladder, RungScheduler, arm_period, make_ladders
+from sweeps.pilot import EpochCost
+from sweeps.rungs import Ladder, RungScheduler, arm_period, make_ladders, seconds_alone
 from sweeps.source import SweepError
 from sweeps.spec import RungsPart
 
@@ -101,7 +100,7 @@ def test_decisions_are_those_of_successive_halving_done_from_scratch(seed, unit)
     )
     period = {"a": 1, "b": 2, "c": 3}
     keys = [f"{arm}{i}" for arm in period for i in range(12)]
-    cost = Cost(2.0, 1.0) if unit == "seconds" else None
+    cost = EpochCost(2.0, 1.0) if unit == "seconds" else None
     relative = {key: rng.choice([0.25, 0.5, 1.0]) for key in keys} if cost else None
     scheduler = RungScheduler({arm: Ladder(part, n, cost) for arm, n in period.items()})
     events = race(rng, scheduler, period, 20, relative)
@@ -174,12 +173,12 @@ def test_an_epoch_without_a_finite_accuracy_is_no_rung(accuracy):
 
 
 def test_seconds_are_the_pilots_times_the_trials_flops_and_never_its_own():
-    cost = Cost(seconds_per_example=0.5, flops_per_example=10.0)
+    cost = EpochCost(seconds_per_example=0.5, flops_per_example=10.0)
     for own in (0.0, 1e9):
-        assert cost.seconds(epoch_of("a", 2, 0.5, flops=20.0 * 200, seconds=own)) == 200.0, (
+        assert seconds_alone(cost, epoch_of("a", 2, 0.5, flops=20.0 * 200, seconds=own)) == 200.0, (
             "twice the FLOPs, twice the time"
         )
-        assert cost.seconds(epoch_of("a", 2, 0.5, seconds=own)) == 100.0, "unknown FLOPs: the pilot's"
+        assert seconds_alone(cost, epoch_of("a", 2, 0.5, seconds=own)) == 100.0, "unknown FLOPs: the pilot's"
     ladder = Ladder(RungsPart(unit="seconds", first=150.0), 1, cost)
     assert ladder.climb(epoch_of("cheap", 2, 0.5, flops=10.0 * 200)) == [], "100 s are no 150 s"
     assert ladder.climb(epoch_of("dear", 2, 0.5, flops=20.0 * 200)) == [0]
@@ -354,19 +353,13 @@ task: {data: digits, model: mlp, model_args: {depth: 2, width: 8}, data_args: {l
 recipe: {epochs: 2, batch_size: 64, lr: {log_uniform: [0.05, 0.5]}}
 arms:
   bp: {method: bp}
-  both: {method: dbp, decor_lr: search, interval: {choice: [1, 4, 16]}, inner: {method: ldb, drop_rate: search}}
+  both:
+    method: dbp
+    inner: {method: ldb, drop_rate: search}
+    recipe: {epochs: {choice: [1, 9]}}
 search: {sampler: nsga2, trials: 6, objectives: [val_accuracy, flops]}
 measure: {seeds: [0], settings: 2, threads: 1, controls: false}
 """
-
-
-@pytest.fixture(scope="module")
-def ray():
-    before = os.environ.pop("RAY_ADDRESS", None)
-    with ray_session():
-        yield
-    if before is not None:
-        os.environ["RAY_ADDRESS"] = before
 
 
 def records_in(out):
@@ -465,6 +458,7 @@ def test_started_again_nothing_is_repeated_and_a_cut_search_goes_on_by_the_same_
     before = records_in(folder / "fastbp-runs" / "rungs")
     again = invoke(folder, "run", "rungs.yaml", "--no-mlflow", "--no-report")
     assert again.exit_code == 0, again.output
+    assert "pilot:" not in again.output, "a complete sweep was piloted again"
     assert records_in(folder / "fastbp-runs" / "rungs") == before, "a complete sweep ran something again"
 
     out = tmp_path / "cut"  # as a killed driver leaves it: three trials ended, another one in its second epoch
@@ -498,7 +492,8 @@ def test_a_real_sweep_with_two_objectives_measures_points_of_the_trade_off(ray, 
     assert all(r.flops_executed for r in ends), "a trial has no count of FLOPs"
     own = [r for r in ends if r.arm == "both"]
     settings = [(r.method, r.recipe) for r in chosen_trials(own, 2)]
-    assert 1 <= len(settings) <= 2, "the order of the results decides how many points the front has"
+    epochs = [recipe["epochs"] for _, recipe in settings]
+    assert epochs == [9, 1], f"nine epochs are more accurate than one, and dearer: {epochs}"
     measured = {json.dumps((r.method, r.recipe)) for r in ledger.of_phase("measure") if r.arm == "both"}
     assert measured == {json.dumps(s) for s in settings}, f"measured {measured}"
     front = json.loads((out / "report" / "tables" / "pareto.json").read_text())

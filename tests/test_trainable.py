@@ -1,7 +1,10 @@
 """MethodTrainable: Tune's own save-and-restore check, exact resuming, and whose seconds are whose."""
 
 import dataclasses
+import os
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from ray.tune.utils.util import validate_save_restore
 
+from broken_methods import Nan
 from fastbp import DDG, Backprop, LayerDropBack
 from fastbp.record import EpochRecord, RunRecord
 from fastbp.run import Recipe, RunConfig, Task
@@ -67,19 +71,35 @@ def test_results_carry_records_that_can_be_written(trainable):
     assert end.val_accuracy == last["val_accuracy"], "the objective is not the record's accuracy"
 
 
-def test_a_measured_run_on_a_busy_processor_says_so_in_its_last_record_too(trainable, monkeypatch):
-    remarks = ["", "the processor is shared: late"]
-    monkeypatch.setattr("trainables.method_trainable.busy_remark", lambda: remarks.pop(0))
+def test_a_measured_run_beside_busy_programs_was_not_alone(trainable, monkeypatch):
+    monkeypatch.setattr("trainables.method_trainable.OtherPrograms.remark", lambda self: "the processor is shared: 2")
     one = trainable(config_of(epochs=1, exclusive=True)).step()
-    assert (one["start"]["reason"], one["end"]["reason"]) == ("", "the processor is shared: late")
-    remarks[:] = ["the processor is shared: early"]
-    one = trainable(config_of(epochs=1, exclusive=True)).step()
-    assert one["start"]["reason"] == one["end"]["reason"] == "the processor is shared: early"
+    assert (one["end"]["exclusive"], one["end"]["reason"]) == (False, "the processor is shared: 2")
+    nan = trainable(config_of(Nan(), epochs=1, exclusive=True)).step()["end"]
+    assert (nan["status"], nan["exclusive"]) == ("diverged", False)
+    assert nan["reason"].startswith("training loss"), "the reason is why it diverged"
     assert trainable(config_of(epochs=1)).step()["end"]["reason"] == "", "a search trial has neighbours by design"
 
 
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the machine does not count processor time")
+def test_a_program_that_works_during_a_run_is_seen_and_the_run_itself_is_not(trainable, monkeypatch):
+    """Twice the cores of busy processes; the counters are the machine's own."""
+    monkeypatch.delenv("FASTBP_FAKE_QUIET")
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(2 * len(os.sched_getaffinity(0)))]
+    try:
+        one = trainable(config_of(epochs=1, exclusive=True))
+        assert one._others is not None
+        found = one.step()["end"]
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert found["exclusive"] is False, found
+    assert found["reason"].startswith("the processor is shared: other programs kept "), found["reason"]
+
+
 def test_a_measured_run_is_looked_after_at_every_epoch(trainable, monkeypatch):
-    monkeypatch.setattr("trainables.method_trainable.busy_remark", lambda: "")
     one = trainable(config_of(epochs=3, exclusive=True))
     one.step()
 

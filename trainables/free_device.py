@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-BUSY_CORES = 0.5  # cores that other programs keep busy, from which a CPU measurement gets a remark
+BUSY_CORES = 0.5  # that other programs keep busy, from which the seconds of a CPU measurement are worth nothing
+SAMPLE_SECONDS = 0.2  # the shortest time that says how busy they are
+_IDLE, _IOWAIT = 3, 4  # columns of the counters in which nobody worked
 WAIT_SECONDS = 30.0  # for the process of the run before to give its memory back
 
 
@@ -62,24 +64,59 @@ def _compute_processes(device: torch.device) -> Callable[[], list[int]]:
     return lambda: [p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
 
 
-def busy_remark(seconds: float = 0.2, stat: Path = Path("/proc/stat")) -> str:
-    """A remark where other programs use the processor while this one sleeps; empty where they do not."""
-    before = _busy_ticks(stat)
-    time.sleep(seconds)
-    after = _busy_ticks(stat)
-    if before is None or after is None:
-        return ""
-    cores = (after - before) / os.sysconf("SC_CLK_TCK") / seconds
-    if cores < BUSY_CORES:
-        return ""
-    return f"the processor is shared: other programs keep {cores:.1f} of {os.cpu_count()} cores busy"
+class OtherPrograms:
+    """How much of the processor other programs took while this process worked, over everything that was watched.
+
+    Args:
+        stat: Linux's counters of processor time; nothing is known, and nothing remarked, where there are none.
+
+    Attributes:
+        seconds: watched so far.
+        busy_seconds: of processor time that others spent meanwhile, on the cores that this process may use.
+    """
+
+    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
+        self.stat, self.seconds, self.busy_seconds = stat, 0.0, 0.0
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Watch what is inside."""
+        before = self._reading()
+        try:
+            yield
+        finally:
+            after = self._reading()
+            if before is not None and after is not None:
+                wall, busy, own = (b - a for a, b in zip(before, after, strict=True))
+                self.seconds, self.busy_seconds = self.seconds + wall, self.busy_seconds + busy - own
+
+    def remark(self) -> str:
+        """What to say of a run that was watched; empty where it had the processor to itself.
+
+        Counters go in hundredths of a second, so that what was watched too shortly is watched a little longer. With
+        FASTBP_FAKE_QUIET=1 in the environment nobody else is ever busy: for tests on machines that are.
+        """
+        if os.environ.get("FASTBP_FAKE_QUIET") == "1":
+            return ""
+        if self.seconds < SAMPLE_SECONDS:
+            with self.watched():
+                time.sleep(SAMPLE_SECONDS - self.seconds)
+        cores = self.busy_seconds / self.seconds if self.seconds else 0.0
+        if cores < BUSY_CORES:
+            return ""
+        return f"the processor is shared: other programs kept {cores:.1f} of {len(_cores())} cores busy meanwhile"
+
+    def _reading(self) -> tuple[float, float, float] | None:
+        """Wall seconds, processor seconds of everybody, and of this process; None where they are not known."""
+        try:
+            lines = [line.split() for line in self.stat.read_text().splitlines()]
+            counts = {name: [int(f) for f in fields[:8]] for name, *fields in lines if name.startswith("cpu")}
+            ours = [counts[f"cpu{i}"] for i in _cores() if f"cpu{i}" in counts] or [counts["cpu"]]
+            ticks = sum(sum(core) - core[_IDLE] - core[_IOWAIT] for core in ours)
+        except (OSError, ValueError, KeyError, IndexError):
+            return None
+        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
 
 
-def _busy_ticks(stat: Path) -> int | None:
-    """Clock ticks that the machine has worked, summed over cores; None where that is not known."""
-    try:
-        fields: list[Any] = stat.read_text().splitlines()[0].split()
-        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[1:9])
-    except (OSError, ValueError, IndexError):
-        return None
-    return user + nice + system + irq + softirq + steal
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0)

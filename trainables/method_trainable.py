@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import os
 import platform
 import sys
@@ -18,7 +20,7 @@ from ray.util import get_current_placement_group
 from fastbp.record import RunRecord
 from fastbp.run import Run, RunConfig
 from fastbp.staged import StagedRun, stages
-from trainables.free_device import busy_remark, check_alone, wait_until_free
+from trainables.free_device import OtherPrograms, check_alone, wait_until_free
 from trainables.stage_actors import RayWorkers
 
 STATE_FILE = "run.pt"
@@ -28,7 +30,7 @@ class MethodTrainable(tune.Trainable):
     """Trains `config["run"]`, a `RunConfig` dictionary.
 
     Further keys: `exclusive` (alone on its device), `threads` (of torch on CPU), `device`, `attempt`, `checkpoints`
-    (saved states to continue from, the first that can be used), `cwd` (the folder that relative data paths start from),
+    (saved states to continue from, paths or URIs, the first that can be used), `cwd` (where relative data paths start),
     `sys_path` (where the driver finds modules), `cluster` (whether records name Ray's node beside the host),
     `git_commit`, `git_dirty`. Every result has `record` (an EpochRecord), the first one also `start` and the last one
     `end` (RunRecords). What Tune does between two steps is counted as report_blocked.
@@ -42,16 +44,16 @@ class MethodTrainable(tune.Trainable):
         if config.get("git_commit"):  # of the driver: workers may run from a copy without history
             os.environ["FASTBP_GIT_COMMIT"] = config["git_commit"]
             os.environ["FASTBP_GIT_DIRTY"] = str(int(config["git_dirty"]))
-        self._remark, self._alone_on = "", None
+        self._alone_on, self._others = None, None
         if config.get("exclusive") and stages(RunConfig.from_dict(config["run"]).method) == 1:
             self._alone_on = device = torch.device(device_for(config.get("device") or "cpu"))
             wait_until_free(device)
-            self._remark = busy_remark() if device.type == "cpu" else ""
+            self._others = OtherPrograms() if device.type == "cpu" else None
         self.run = self._new_run(config)
         self._node = node_name(cluster=bool(config.get("cluster")))
         self._first = True
         self._returned: float | None = None  # when the last step ended; checkpoints push it on
-        self._remark = self._continue_from(config) or self._remark
+        self._remark = self._continue_from(config)
 
     @staticmethod
     def _new_run(config: dict[str, Any]) -> Run | StagedRun:
@@ -74,7 +76,7 @@ class MethodTrainable(tune.Trainable):
         unusable = []
         for path in config.get("checkpoints", ()):
             try:
-                self.load_checkpoint(str(Path(path).parent))
+                self._load(path)
                 break
             except Exception as error:
                 first = str(error).strip().partition("\n")[0].partition(". ")[0]
@@ -90,7 +92,8 @@ class MethodTrainable(tune.Trainable):
         if self._returned is not None:
             self.run.clock.add("report_blocked", time.perf_counter() - self._returned)
         start = self._as_dict(self.run.start_record()) | {"reason": self._remark} if self._first else None
-        record = self.run.train_epoch()
+        with self._others.watched() if self._others else contextlib.nullcontext():
+            record = self.run.train_epoch()
         if self._alone_on is not None:
             check_alone(self._alone_on)
         result: dict[str, Any] = {
@@ -116,9 +119,14 @@ class MethodTrainable(tune.Trainable):
         self._exclude(began)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
+        self._load(str(Path(checkpoint_dir) / STATE_FILE))
+
+    def _load(self, place: str) -> None:
+        """Continue from a saved state at a path, or at a URI that pyarrow reads, as Tune's storage has them."""
         began = time.perf_counter()
         with self.run.clock.segment("checkpoint"):
-            state = torch.load(Path(checkpoint_dir) / STATE_FILE, weights_only=True, map_location=self.run.device)
+            file = io.BytesIO(_content(place)) if "://" in place else place
+            state = torch.load(file, weights_only=True, map_location=self.run.device)
         self.run.load_state_dict(state)
         self._exclude(began)
 
@@ -136,10 +144,10 @@ class MethodTrainable(tune.Trainable):
             run.close()
 
     def _end(self) -> dict[str, Any]:
-        """The run's last record; a measured run that finished on a busy processor has a remark as its reason."""
+        """The run's last record; beside busy programs it was not alone on its device, and has that as its reason."""
         end = self._as_dict(self.run.end())
-        if self._alone_on is not None and not end["reason"]:
-            end["reason"] = self._remark or (busy_remark() if self._alone_on.type == "cpu" else "")
+        if self._others and (remark := self._others.remark()):
+            end |= {"exclusive": False, "reason": end["reason"] or remark}
         return end
 
     def _as_dict(self, record: RunRecord) -> dict[str, Any]:
@@ -150,6 +158,14 @@ class MethodTrainable(tune.Trainable):
     def _exclude(self, began: float) -> None:
         if self._returned is not None:
             self._returned += time.perf_counter() - began
+
+
+def _content(uri: str) -> bytes:
+    from pyarrow.fs import FileSystem
+
+    system, path = FileSystem.from_uri(uri)
+    with system.open_input_file(path) as file:
+        return file.read()
 
 
 def device_for(wanted: str) -> str:

@@ -119,3 +119,12 @@ for (const table of document.querySelectorAll("table")) {
     });
   });
 }
+
+const unfolded = [];
+addEventListener("beforeprint", () => {
+  for (const details of document.querySelectorAll("details:not([open])")) {
+    details.open = true;
+    unfolded.push(details);
+  }
+});
+addEventListener("afterprint", () => { for (const details of unfolded.splice(0)) details.open = false; });

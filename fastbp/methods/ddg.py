@@ -37,7 +37,7 @@ from fastbp.delayed import DelayedModule, InFlight
 from fastbp.knobs import Choice, IntRange, Uniform, nearest, require
 from fastbp.links import Carried, Carrier
 from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method, nest, parts
-from fastbp.split import SPLITS, best_cuts, even_cuts, measure, module_bytes, pieces, table, tied_cuts
+from fastbp.split import SPLITS, BlockCost, best_cuts, even_cuts, measure, module_bytes, pieces, table, tied_cuts
 from fastbp.views import as_chain
 
 _WEIGHTS = ("stash", "mixed", "replay")
@@ -137,7 +137,7 @@ class Cutter:
 
     Attributes:
         cuts: once decided.
-        rows: the table of `fastbp.split.table`, where costs were measured.
+        rows: the table of `fastbp.split.table`, once decided.
 
     Raises:
         TypeError: `as_chain` cannot see into the model, or a weight is shared across a cut.
@@ -208,6 +208,9 @@ class Cutter:
                 )
         self.cuts = tuple(cuts)
         self.copy = None
+        if cuts:
+            weights = [sum(p.nbytes for p in part.parameters()) for part in self.parts]
+            self.rows = table([BlockCost(parameter_bytes=size) for size in weights], self.cuts, self.method.weights)
 
     def nets(self) -> list[nn.Sequential]:
         """The modules."""

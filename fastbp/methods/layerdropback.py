@@ -3,50 +3,63 @@
 Idea        The forward pass and the error signal stay whole; only weight gradients are left out. In those epochs the
             learning rate, and optionally the batch, is larger.
 Exact when  mask = False (the control arm: learning-rate and batch plan stay), or drop_rate = 0.
-Needs       Any model. Wraps `inner`.
+Needs       Any model. Wraps `inner`. Checkpointed activations with use_reentrant=False; DistributedDataParallel with
+            find_unused_parameters=True.
 Cost        Saves at most drop_rate x the weight gradients' share (about 1/3) of the dropping epochs: 8 % of a run at
             the defaults. A larger batch saves time too, by itself: compare with the control.
 Departs     Learning rate times exactly 1/(1-p) (the authors' code: 2, or 1/(1-p+1e-6)); all parameter groups keep
             their ratios; parameters frozen by the user stay frozen; the mask is a pure function of
-            (seed, epoch, step, unit); default unit `layer`, the authors' code drops single tensors (`tensor`).
-            `prefix` is not in the paper: one random cut per step, everything below it is dropped; each kept unit's
-            gradient is scaled by 1/(1-p_l), at most 4, instead of the learning rate.
-Not for     Gradient accumulation (every backward draws a mask and clears what it drops); saving memory;
-            compute-bound training where 8 % is not worth the noise; torch.compile of a whole model (every mask
-            recompiles).
+            (seed, epoch, optimizer step, unit); default unit `layer`, the authors' code drops single tensors
+            (`tensor`). Accumulated micro-batches are one step: a `backward` continues it as long as no gradient of
+            the last one was cleared or changed, and no weight. `prefix` is not in the paper: one random cut per step,
+            everything below it is dropped; each kept unit's gradient is scaled by 1/(1-p_l), at most 4, instead of the
+            learning rate. Nor is `pool`: steps choose from a few fixed masks, so that few graphs are compiled.
+Not for     Saving memory (but `prefix` keeps no activation below its cut); compute-bound training where 8 % is not
+            worth the noise; torch.compile of a whole model without `pool`: every mask recompiles, until torch gives
+            up and runs eagerly (equal blocks compiled one by one, with unit `block`, share at most four graphs).
 Reference   Hershkovitch Neiterman, Ben-Artzi (2024), arXiv:2412.18027.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import mul
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastbp.knobs import Choice, Uniform, require
+from fastbp.masks import dropped_mask, fitting_pool, pool_masks, pool_pattern, prefix_mask, prefix_top
 from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method, WrappingEstimator, parts
 from fastbp.methods.backprop import Backprop
 from fastbp.methods.ddg import DDG
-from fastbp.units import droppable_units, head_parameters
+from fastbp.units import Unit, droppable_units, head_parameters, unwrapped, wrappings
 
 _STEPS_AT_ONCE = 64  # masks are drawn for this many steps in one vectorised call
 _PREFIX_CAP = 4.0  # largest gradient scale of a `prefix` unit
+_LOSSES_LOOKED_AT = 100  # for reentrant checkpointing, at most: a mask may hide it, a step without one does not
 
 
 @dataclass(frozen=True)
 class LayerDropBack(Method):
     """Random layers skip their weight gradient in every `every_epochs`-th epoch (arXiv:2412.18027, section 3).
 
+    Ranks of DistributedDataParallel share the mask, as it depends on seed, epoch and step alone: give all of them the
+    same seed and equally many steps.
+
     Attributes:
         drop_rate: probability p in [0, 1) that a unit gets no gradient in a step; 0.5 in the authors' code.
         every_epochs: period; epochs 2, 4, ... at 2, never epoch 0 (authors' code).
         unit: what one coin is tossed for: `tensor` (authors' code), `layer` (a module that owns parameters),
-            `block` (a direct child of a repeated container), `prefix` (one cut per step).
+            `block` (timm's parameter groups, or a child of a repeated container), `prefix` (one cut per step).
         lr_policy: learning-rate factor in dropping epochs: `inverse` 1/(1-p), `double` 2, `none` 1.
         batch_scale: batch-size factor in dropping epochs; 2 in the authors' fine-tuning code, 1 in the other.
+        pool: M > 0: steps choose from M fixed masks, each unit dropped by exactly p M of them; 0: a coin per unit.
         seed: of the masks; independent of every other random number.
         mask: False keeps the plan (epochs, learning rate, batch) and drops nothing: the control arm.
         inner: the method that computes the gradient of the kept layers.
@@ -57,6 +70,7 @@ class LayerDropBack(Method):
     unit: Annotated[str, Choice(("tensor", "layer", "block", "prefix"))] = "layer"
     lr_policy: Annotated[str, Choice(("inverse", "double", "none"))] = "inverse"
     batch_scale: Annotated[float, Choice((1.0, 2.0))] = 2.0
+    pool: int = 0
     seed: int = 0
     mask: bool = True
     inner: Method = Backprop()
@@ -68,6 +82,12 @@ class LayerDropBack(Method):
         require(self, "batch_scale", self.batch_scale > 0, "must be positive; 1 keeps the batch size")
         require(self, "unit", self.unit in _UNITS, f"must be one of {', '.join(_UNITS)}")
         require(self, "lr_policy", self.lr_policy in _POLICIES, f"must be one of {', '.join(_POLICIES)}")
+        require(self, "pool", self.pool >= 0, "must not be negative; 0 tosses a coin per unit")
+        if self.pool:
+            require(self, "pool", self.unit != "prefix", "unit='prefix' has one mask per cut already; set pool to 0")
+            fit = fitting_pool(self.drop_rate, self.pool)
+            works = f"pool={fit} works" if fit else f"take a drop_rate that is a multiple of 1/{self.pool}"
+            require(self, "pool", fit == self.pool, f"drop_rate x pool must be a whole number: {works}")
 
     def bind(self, model: nn.Module, loss_fn: LossFn) -> GradientEstimator:
         if any(isinstance(part, LayerDropBack) for part in parts(self.inner)):
@@ -81,10 +101,13 @@ class LayerDropBack(Method):
         head = head_parameters(model)
         if not any(p.requires_grad for p in model.parameters() if id(p) in head):
             raise ValueError(
-                f"LayerDropBack: the head of this {type(model).__name__} is frozen, so a step that drops every unit "
-                "would have nothing to differentiate; leave the head trainable"
+                f"LayerDropBack: the head of this {type(unwrapped(model)).__name__} is frozen, so a step that drops "
+                "every unit would have nothing to differentiate; leave the head trainable"
             )
-        return _LayerDropBack(self, self.inner.bind(model, loss_fn))
+        if self.mask:
+            _refuse_rigid_ddp(model)
+        watched = _RefusingReentrant(loss_fn, _LOSSES_LOOKED_AT if self.mask else 0)
+        return _LayerDropBack(self, self.inner.bind(model, watched), watched)
 
     def exact(self, model: nn.Module) -> Method | None:
         """The same plan without a mask: learning rate and batch of the dropping epochs are kept."""
@@ -112,18 +135,31 @@ _POLICIES = ("inverse", "double", "none")
 
 
 class _LayerDropBack(WrappingEstimator):
+    """Freezes the dropped units for the time of a `backward`, by turning `requires_grad` off.
+
+    Attributes:
+        step: optimizer steps of this epoch that had a `backward`.
+        dropped: which units the current step drops.
+        left: the parameters that the last `backward` left with a gradient, their versions and the gradients'.
+    """
+
     method: LayerDropBack
 
-    def __init__(self, method: LayerDropBack, inner: GradientEstimator) -> None:
+    def __init__(self, method: LayerDropBack, inner: GradientEstimator, loss: _RefusingReentrant) -> None:
         super().__init__(method, inner)
+        self.loss = loss
         self.units = droppable_units(inner.model, method.unit)  # after the inner surgery: the same parameters
+        sizes = [max(p.numel() for p in unit.parameters) for unit in self.units]
+        self.pool = pool_masks(method.seed, sizes, method.drop_rate, method.pool) if method.pool else None
         self.epoch = self.step = 0
         self.dropping = False
+        self.dropped: list[bool] = []
+        self.left: list[tuple[nn.Parameter, int, int]] = []
         self.drawn: list[list[bool]] = []  # masks of `_STEPS_AT_ONCE` steps, the first of them `drawn_from`
         self.drawn_from = -1
 
     def start_epoch(self, epoch: int) -> EpochPlan:
-        self.epoch, self.step, self.drawn_from = epoch, 0, -1
+        self.epoch, self.step, self.drawn_from, self.left = epoch, 0, -1, []
         self.dropping = self.method.is_dropping(epoch)
         plan = super().start_epoch(epoch)
         if not self.dropping:
@@ -132,45 +168,72 @@ class _LayerDropBack(WrappingEstimator):
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
         if not (self.dropping and self.method.mask):
-            return super().backward(x, y)
-        skipped = [
-            p
-            for unit, drop in zip(self.units, self._dropped(), strict=True)
-            if drop
-            for p in unit.parameters
-            if p.requires_grad
-        ]
+            loss = super().backward(x, y)
+            self.loss.looks = 0  # it saw the whole graph
+            return loss
+        begins = not self._continues()
+        if begins:
+            self.dropped = self._masks_of_step()
+        skipped = [p for unit in self._dropped_units() for p in unit.parameters if p.requires_grad]
         for p in skipped:  # before the forward: later saves nothing
-            p.grad = None  # a stale or zero gradient would still move the parameter by momentum and decay
             p.requires_grad_(False)
+            if begins:
+                p.grad = None  # a stale or zero gradient would still move the parameter by momentum and decay
+        hooks = self._compensation()
         try:
             loss = super().backward(x, y)
         finally:
             for p in skipped:
                 p.requires_grad_(True)
-        if self.method.unit == "prefix" and self.method.lr_policy == "inverse":
-            self._compensate()
-        self.step += 1
+            for hook in hooks:
+                hook.remove()
+        self.step += begins
+        self.left = [(p, p._version, p.grad._version) for p in self.model.parameters() if p.grad is not None]
         return loss
 
-    def _dropped(self) -> list[bool]:
+    def _continues(self) -> bool:
+        """Whether the last call's optimizer step is still to come: its gradients and its weights are what they were.
+
+        Torch's fused optimizers leave no trace on a weight's version; clearing to zero does on the gradient's.
+        """
+        return bool(self.left) and all(
+            p.grad is not None and p._version == weight and p.grad._version == gradient
+            for p, weight, gradient in self.left
+        )
+
+    def _dropped_units(self) -> Iterator[Unit]:
+        return (unit for unit, drop in zip(self.units, self.dropped, strict=True) if drop)
+
+    def _masks_of_step(self) -> list[bool]:
         """This step's decision for every unit; head units are never dropped."""
         offset = self.step - self.drawn_from
         if self.drawn_from < 0 or offset >= _STEPS_AT_ONCE:
             self.drawn_from, offset = self.step, 0
-            steps = range(self.step, self.step + _STEPS_AT_ONCE)
-            draw = _prefix_mask if self.method.unit == "prefix" else dropped_mask
-            indices = torch.tensor([unit.index for unit in self.units])
-            self.drawn = draw(self.method.seed, self.epoch, steps, indices, self.method.drop_rate).tolist()
+            self.drawn = self._draw(range(self.step, self.step + _STEPS_AT_ONCE)).tolist()
         return self.drawn[offset]
 
-    def _compensate(self) -> None:
+    def _draw(self, steps: range) -> Tensor:
+        """Whether each unit is dropped in these steps: bool, shape (len(steps), U)."""
+        method = self.method
+        if self.pool is not None:
+            return self.pool[pool_pattern(method.seed, self.epoch, steps, method.pool)]
+        if method.unit == "prefix":
+            return prefix_mask(method.seed, self.epoch, steps, len(self.units), method.drop_rate)
+        indices = torch.tensor([unit.index for unit in self.units])
+        return dropped_mask(method.seed, self.epoch, steps, indices, method.drop_rate)
+
+    def _compensation(self) -> list[RemovableHandle]:
+        """Hooks that scale what this call adds to the gradients of a `prefix`'s kept units by 1/(1-p_l)."""
+        if self.method.unit != "prefix" or self.method.lr_policy != "inverse":
+            return []
         top = prefix_top(len(self.units), self.method.drop_rate)
-        for position, unit in enumerate(self.units[:top]):
-            scale = min(_PREFIX_CAP, (top + 1) / (position + 1))  # 1 / (1 - p_l)
-            for p in unit.parameters:
-                if p.grad is not None:
-                    p.grad.mul_(scale)
+        scales = [min(_PREFIX_CAP, (top + 1) / (position + 1)) for position in range(top)]
+        return [
+            p.register_hook(partial(mul, scale))
+            for unit, scale in zip(self.units, scales, strict=False)
+            for p in unit.parameters
+            if p.requires_grad
+        ]
 
     def metrics(self) -> dict[str, float]:
         return {**super().metrics(), "ldb/dropping": float(self.dropping)}
@@ -181,51 +244,48 @@ class _LayerDropBack(WrappingEstimator):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.epoch, self.step, self.dropping = state["epoch"], state["step"], state["dropping"]
-        self.drawn_from = -1
+        self.drawn_from, self.left = -1, []
 
 
-def dropped_mask(seed: int, epoch: int, steps: range, units: Tensor, drop_rate: float) -> Tensor:
-    """Which units are dropped: a pure function of (seed, epoch, step, unit), without any generator.
+def _refuse_rigid_ddp(model: nn.Module) -> None:
+    """Raises ValueError where DistributedDataParallel would wait for the gradients of dropped layers, or miss kept."""
+    for wrapper in wrappings(model):
+        if isinstance(wrapper, nn.parallel.DistributedDataParallel) and (
+            wrapper.static_graph or not wrapper.find_unused_parameters
+        ):
+            raise ValueError(
+                "LayerDropBack in DistributedDataParallel: the layers without a gradient change from step to step; "
+                "wrap the model with find_unused_parameters=True and without static_graph"
+            )
 
-    Args:
-        units: unit indices, shape (U,), int64.
 
-    Returns:
-        bool tensor, shape (len(steps), U), True with probability `drop_rate`, independent over all four arguments.
+class _RefusingReentrant:
+    """A loss that refuses a model with reentrant activation checkpointing, as seen in the first graphs.
+
+    Attributes:
+        looks: losses still to be looked at; each takes a walk through the graph.
     """
-    return _uniform(seed, epoch, steps, units) < drop_rate
+
+    def __init__(self, loss_fn: LossFn, looks: int) -> None:
+        self.loss_fn, self.looks = loss_fn, looks
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        loss = self.loss_fn(output, y)
+        if self.looks and loss.grad_fn is not None:
+            self.looks -= 1
+            if "CheckpointFunctionBackward" in _node_names(loss.grad_fn):
+                raise ValueError(
+                    "LayerDropBack on reentrant activation checkpointing: a kept layer with only dropped ones below it "
+                    "would get no gradient; checkpoint with use_reentrant=False"
+                )
+        return loss
 
 
-def prefix_top(units: int, drop_rate: float) -> int:
-    """The highest cut: the cut is uniform on 0..top, so that units are dropped `drop_rate` of the time on average.
-
-    Above 1/2, where no uniform cut from 0 reaches that average, the top is the number of units.
-    """
-    return min(round(2 * drop_rate * units), units)
-
-
-def _prefix_mask(seed: int, epoch: int, steps: range, units: Tensor, drop_rate: float) -> Tensor:
-    top = prefix_top(len(units), drop_rate)
-    cuts = (_uniform(seed, epoch, steps, torch.zeros(1, dtype=torch.int64)) * (top + 1)).floor()
-    return torch.arange(len(units)) < cuts
-
-
-def _uniform(seed: int, epoch: int, steps: range, units: Tensor) -> Tensor:
-    """Uniform numbers in [0, 1), shape (len(steps), U), float64: 53 bits of a counter-based 64-bit hash."""
-    word = _mix(torch.tensor(seed)) + epoch
-    word = _mix(_mix(word) + torch.arange(steps.start, steps.stop)[:, None])
-    word = _mix(word + units)
-    return _shift(word, 11).double() * 2.0**-53
-
-
-def _mix(word: Tensor) -> Tensor:
-    """The splitmix64 finaliser (Steele, Lea, Flood, OOPSLA 2014) on int64 words, which wrap like unsigned ones."""
-    word = word + -7046029254386353131
-    word = (word ^ _shift(word, 30)) * -4658895280553007687
-    word = (word ^ _shift(word, 27)) * -7723592293110705685
-    return word ^ _shift(word, 31)
-
-
-def _shift(word: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right of an int64 tensor."""
-    return (word >> bits) & ((1 << (64 - bits)) - 1)
+def _node_names(root: Any) -> set[str]:
+    """The names of all nodes of an autograd graph."""
+    seen, found = {root}, [root]
+    for node in found:  # grows while it is walked
+        following = {after for after, _ in node.next_functions if after is not None} - seen
+        seen |= following
+        found += following
+    return {node.name() for node in found}

@@ -1,0 +1,79 @@
+"""A benchmark whose claim does not hold ends with one sentence and a code that is not 0, once its figures are kept."""
+
+import contextlib
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Imports a benchmark; it writes into the test's folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def make(name):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--out", str(tmp_path / "out.json")])
+        return importlib.import_module(name)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("figures", "least", "said"),
+    [
+        ({"a": 1.0, "b": 2.0}, False, None),
+        ({"a": 1.01, "b": 2.0}, False, "x: 1 of 2 claims do not hold: a is 1.01, at most 1 is claimed; see there"),
+        ({"a": math.nan, "b": 3.0}, False, "2 of 2 claims do not hold: a is nan, at most 1 is claimed, b is 3.00, at"),
+        ({"a": 1.0, "b": 2.0}, True, None),
+        ({"a": 1.0, "b": 1.99}, True, "1 of 2 claims do not hold: b is 1.99, at least 2 is claimed"),
+    ],
+)
+def test_judging(script, capsys, figures, least, said):
+    judge = script("benchmark").judge
+    if said is None:
+        judge("x", figures, {"a": 1.0, "b": 2.0}, "there", least=least)
+        assert capsys.readouterr().out.count(": holds, ") == 2
+        return
+    with pytest.raises(SystemExit) as ended:
+        judge("x", figures, {"a": 1.0, "b": 2.0}, "there", least=least)
+    assert said in str(ended.value)
+    assert "does not hold" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("ours", "said"), [(1.05, None), (1.2, "fresh is 1.200, at most 1.1 is claimed")])
+def test_a_sweep_that_is_too_slow_ends_the_benchmark_with_one(script, monkeypatch, tmp_path, ours, said):
+    benchmark = script("sweep_overhead")
+    seconds = dict(zip(benchmark.VARIANTS, ([1.0], [ours], [0.8], [0.9]), strict=True))
+    monkeypatch.setattr(benchmark, "per_trial", lambda *_: seconds)
+    found = {"trials": 10, "seconds": 1.0, "every": 1, "mib": [1.0, 1.0], "mib_per_1000": 0.0}
+    monkeypatch.setattr(benchmark, "memory", lambda _: found)
+    monkeypatch.setattr(benchmark, "ray_session", contextlib.nullcontext)
+    check_end(benchmark, said, tmp_path / "out.json")
+
+
+@pytest.mark.parametrize(("ratio", "said"), [(25.0, None), (19.9, "http is 19.9, at least 20 is claimed")])
+def test_mlflow_that_blocks_too_long_ends_the_benchmark_with_one(script, monkeypatch, tmp_path, ratio, said):
+    benchmark = script("mlflow_overhead")
+    result = {kind: {"blocked_mean_s": 1.0} for kind in ("bare", "ours", "ray")}
+    row = {"store": "http", "ratio": ratio, "low": ratio, "high": ratio, "per_result": result}
+    monkeypatch.setattr(benchmark, "compare", lambda store, *_: row | {"store": store})
+    monkeypatch.setattr(benchmark, "ray_session", contextlib.nullcontext)
+    monkeypatch.setattr(benchmark, "server", lambda folder: contextlib.nullcontext("http://h"))
+    check_end(benchmark, said, tmp_path / "out.json")
+
+
+def check_end(benchmark, said, out):
+    if said is None:
+        benchmark.main()
+    else:
+        with pytest.raises(SystemExit) as ended:
+            benchmark.main()
+        assert said in str(ended.value)
+        assert len(str(ended.value).splitlines()) == 1
+    assert json.loads(out.read_text()), "the figures are lost"
