@@ -139,7 +139,7 @@ def arms_of(model: nn.Module, x: Tensor, y: Tensor, masks: int) -> dict[str, Arm
     double = torch.cat([x] * int(control.batch_scale)), torch.cat([y] * int(control.batch_scale))
     made.append(Arm("control", control.bind(model, loss), *double, 1, [], []))
     for unit, rate in DROPPING:
-        method = LayerDropBack(drop_rate=rate, unit=unit, seed=even_seed(masks), lr_policy="none")
+        method = LayerDropBack(drop_rate=rate, unit=unit, seed=even_seed(masks))
         made.append(Arm(f"{unit} {rate}", method.bind(model, loss), x, y, masks, [], []))
     return {arm.name: arm for arm in made}
 
