@@ -63,10 +63,10 @@ class Net:
 
 
 NETS = (
-    Net("ResNet", "resnet18", 112),
-    Net("ResNet", "resnet50", 96),
-    Net("EfficientNet", "efficientnet_b0", 96),
-    Net("DLA", "dla34", 96),
+    Net("ResNet", "resnet18", 160),
+    Net("ResNet", "resnet50", 112),
+    Net("EfficientNet", "efficientnet_b0", 112),
+    Net("DLA", "dla34", 160),
     Net("ViT", "vit_small_patch16_224", 96, sized=True),
     Net("Swin", "swin_tiny_patch4_window7_224", 96, sized=True, window=3),
 )
@@ -218,7 +218,7 @@ def verdict(rows: list[dict[str, Any]]) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--masks", type=int, default=3, help="steps per round with a mask each")
     parser.add_argument("--only", default="", help="the nets whose timm name contains this")
     parser.add_argument("--cpu", action="store_true", help="measure the CPU even where there is CUDA")

@@ -115,7 +115,8 @@ def _is_known(layer: Layer) -> bool:
 
 def _padding(layer: nn.Conv2d, x: Tensor) -> list[int]:
     """Zeros (or copies) around an image: left, right, top, bottom."""
-    if not (type(layer).__name__ == "Conv2dSame" or getattr(layer, "same_pad", False)):
+    same = any(kind.__name__ == "Conv2dSame" for kind in type(layer).__mro__)  # parametrized classes are derived
+    if not (same or getattr(layer, "same_pad", False)):
         return list(layer._reversed_padding_repeated_twice)
     around: list[int] = []  # of the images themselves, as TensorFlow pads them: the odd one to the right and bottom
     for size, kernel, stride, dilation in reversed(

@@ -219,16 +219,19 @@ def test_a_subclass_with_a_forward_of_its_own_stays_plain_with_a_warning():
 @pytest.mark.parametrize("size", [(7, 9), (8, 8), (5, 6)])
 @pytest.mark.parametrize("settings", [dict(stride=2), dict(stride=1, dilation=2), dict(stride=(3, 2)), dict(groups=2)])
 def test_timm_same_padding(size, settings):
-    """The rows times the weight are the layer's own output."""
+    """The rows times the weight are the layer's own output, also of a bound layer, whose class has another name."""
     from timm.layers import Conv2dSame
 
     torch.manual_seed(0)
     layer = Conv2dSame(4, 6, (3, 5), bias=False, dtype=F64, **settings)
     x = torch.randn(2, 4, *size, dtype=F64)
-    rows, out = input_rows(layer, x), layer(x)
-    y = torch.einsum("gnf,gof->gno", rows, layer.weight.reshape(layer.groups, -1, rows.shape[-1]))
-    y = y.unflatten(1, (2, -1)).permute(1, 0, 3, 2).reshape(out.shape)
-    torch.testing.assert_close(y, out, rtol=1e-12, atol=1e-13)
+    for bound in (False, True):
+        if bound:
+            DecorrelatedBP().bind(nn.Sequential(layer), cross_entropy)
+        rows, out = input_rows(layer, x), layer(x)
+        y = torch.einsum("gnf,gof->gno", rows, layer.weight.reshape(layer.groups, -1, rows.shape[-1]))
+        y = y.unflatten(1, (2, -1)).permute(1, 0, 3, 2).reshape(out.shape)
+        torch.testing.assert_close(y, out, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", ["StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame"])
@@ -307,6 +310,20 @@ def test_low_precision_models_learn_R_in_float32():
     for cast in (lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float16)):
         assert decorrelation_of(cast(copy.deepcopy(model))[0]).D.dtype == torch.float32, "the master was cast"
     assert decorrelation_of(copy.deepcopy(model).double()[0]).D.dtype == F64
+
+
+@pytest.mark.parametrize("options", [{}, {"preserve_function": True, "gain": True}])
+def test_a_batch_that_overflows_moves_nothing(options):
+    model = net()
+    estimator = DecorrelatedBP(decor_lr=0.01, sample_fraction=1.0, **options).bind(model, cross_entropy)
+    data = batches(3)
+    estimator.backward(*data[0])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    estimator.backward(torch.full_like(data[1][0], float("inf")), data[1][1])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), f"{name} moved"
+    estimator.backward(*data[2])
+    assert not torch.equal(decorrelation_of(model[0]).D, before["0.parametrizations.weight.0.D"]), "R learns no more"
 
 
 def test_autocast_updates_R_in_full_precision():

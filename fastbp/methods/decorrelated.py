@@ -11,11 +11,12 @@ Cost        Per layer of input width F, output width o and n sampled rows: 4 o F
 Departs     W R is folded into the weight (same mathematics, one layer call); bias and padding_mode are kept; samples
             are drawn without replacement, at least one; the variance term scales rows of R, as the paper's rule says
             (the authors' code scales columns); layers wider than `max_features` stay plain, and a warning lists them;
-            R is updated at the end of the backward pass, before the optimizer moves W instead of after.
+            R is updated at the end of the backward pass, before the optimizer moves W instead of after; a sample that
+            is not finite moves nothing.
             structure, rule = normalized, center, gain and preserve_function are not in the paper; all are off.
 Not for     Wide inputs with small batches (F^2 dominates: 3x3 convolutions of late layers on small images; use
             structure = block); inputs with a large mean, unless decor_lr is far below 2 over the top eigenvalue of the
-            second moment or center is set.
+            second moment or center is set; the qkv of BEiT, EVA-02 and SwinV2, whose weight is read without a call.
 Reference   Dalm, Offergeld, Ahmad, van Gerven (2024), arXiv:2405.02385.
 """
 
@@ -221,9 +222,10 @@ class _DecorrelatedBP(WrappingEstimator):
             self._average(moves)
             for path, matrix, sample, move in zip(self.kept, matrices, rows, moves, strict=True):
                 grown = gain(sample, matrix.D) if self.method.gain else None
+                finite = move.sum().isfinite()  # a batch that overflows, as under a GradScaler, would end R for good
                 if self.method.preserve_function:
-                    self._absorb(self.layers[path], matrix, sample, grown)
-                matrix.D = self.rule.next_D(matrix.D, move, grown)
+                    self._absorb(self.layers[path], matrix, sample, grown, finite)
+                matrix.D = torch.where(finite, self.rule.next_D(matrix.D, move, grown), matrix.D)
 
     def _rows(self, path: str, matrix: Decorrelation) -> Tensor:
         """The kept inputs of a layer as rows (matrices, n, F); a layer that was called twice has rows of both calls."""
@@ -239,7 +241,7 @@ class _DecorrelatedBP(WrappingEstimator):
                 dist.all_reduce(move, group=self.model.process_group)
                 move /= dist.get_world_size(self.model.process_group)
 
-    def _absorb(self, layer: Layer, matrix: Decorrelation, rows: Tensor, grown: Tensor | None) -> None:
+    def _absorb(self, layer: Layer, matrix: Decorrelation, rows: Tensor, grown: Tensor | None, finite: Tensor) -> None:
         """W <- W (I - decor_lr M)^-1 / g, so that W R stays as it is when R becomes g (I - decor_lr M) R."""
         W = layer.parametrizations.weight.original  # type: ignore[union-attr]
         off, diagonal = self.rule.weights(matrix.layout.width)
@@ -247,7 +249,8 @@ class _DecorrelatedBP(WrappingEstimator):
         step.diagonal(dim1=1, dim2=2).add_(1.0)
         split = matrix.layout.split(W).to(step.dtype)
         kept = torch.linalg.solve_ex(step, split, left=False)[0]
-        W.data.copy_(matrix.layout.join(kept if grown is None else kept / grown, W))
+        kept = matrix.layout.join(kept if grown is None else kept / grown, W).to(W.dtype)
+        W.data.copy_(torch.where(finite, kept, W))
 
     def _keep(self, path: str):
         def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
