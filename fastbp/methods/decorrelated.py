@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -173,6 +173,7 @@ class _DecorrelatedBP(WrappingEstimator):
         self.orders = {path: list(layer._parameters) for path, layer in layers.items()}
         self.kept: dict[str, list[Tensor]] = {}
         self.chosen: dict[int, Tensor] = {}  # this step's sample, by number of rows
+        self._choose: Callable[[int], Tensor] = torch.compiler.disable(self._draw)  # type: ignore[assignment]
         self.totals: set[int] = set()  # numbers of rows met so far
         self.generator = torch.Generator(device=next(inner.model.parameters()).device)
         self.seed = torch.initial_seed() % 2**63
@@ -243,7 +244,7 @@ class _DecorrelatedBP(WrappingEstimator):
 
     def _absorb(self, layer: Layer, matrix: Decorrelation, rows: Tensor, grown: Tensor | None, finite: Tensor) -> None:
         """W <- W (I - decor_lr M)^-1 / g, so that W R stays as it is when R becomes g (I - decor_lr M) R."""
-        W = layer.parametrizations.weight.original  # type: ignore[union-attr]
+        W: Tensor = layer.parametrizations.weight.original  # type: ignore[union-attr]
         off, diagonal = self.rule.weights(matrix.layout.width)
         step = -self.method.decor_lr * bracket(rows, matrix.D, off, diagonal)
         step.diagonal(dim1=1, dim2=2).add_(1.0)
@@ -269,8 +270,7 @@ class _DecorrelatedBP(WrappingEstimator):
             self.chosen[total] = self._choose(total)
         return x[self.chosen[total]]
 
-    @torch.compiler.disable
-    def _choose(self, total: int) -> Tensor:
+    def _draw(self, total: int) -> Tensor:
         """Which rows of so many this step learns from: a pure function of the seed, the step and the number."""
         self.totals.add(total)
         count = max(1, int(total * self.method.sample_fraction))
