@@ -44,7 +44,19 @@ def submit(request: Submission, *, wait: bool, say: Say) -> int:
             say(f"job {job} is running this sweep already; nothing was submitted")
         else:
             say(f"uploading {request.folder} to {without_password(request.address)}")
-            job = client.submit_job(
+            job = _submitted(client, request, say)
+            say(f"job {job}: {shlex.join(request.command)}")
+    if not wait:
+        say(_goes_on(request.address, job))
+        return 0
+    return follow(client, job, request.address, say)
+
+
+def _submitted(client: Any, request: Submission, say: Say) -> str:
+    """The id of a new job; a head that has just started may not have its agent yet, which is waited for."""
+    for left in reversed(range(RECONNECTS)):
+        try:
+            return client.submit_job(
                 entrypoint=shlex.join(request.command),
                 submission_id=f"{request.metadata['fastbp.sweep']}-{secrets.token_hex(4)}",
                 runtime_env={
@@ -54,11 +66,13 @@ def submit(request: Submission, *, wait: bool, say: Say) -> int:
                 },
                 metadata=request.metadata,
             )
-            say(f"job {job}: {shlex.join(request.command)}")
-    if not wait:
-        say(_goes_on(request.address, job))
-        return 0
-    return follow(client, job, request.address, say)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or not left:
+                raise
+            if left == RECONNECTS - 1:
+                say("the head node is still starting; trying again")
+            time.sleep(2.0)
+    raise AssertionError("the last try returns or raises")
 
 
 def connect(address: str) -> Any:

@@ -170,3 +170,28 @@ def test_a_broken_connection_shows_every_line_once(capsys, monkeypatch):
     assert job.follow(client, "toy-1", HEAD, print) == 0
     assert capsys.readouterr().out == "one\ntwo\nthree\nfour\n"
     assert client.calls == 2
+
+
+class _Starting:
+    """The job server of a head node whose agent is not there for the first calls."""
+
+    def __init__(self, refusals, message="Request failed with status code 500: No available agent to submit job"):
+        self.refusals, self.message, self.calls = refusals, message, 0
+
+    def submit_job(self, **job):
+        self.calls += 1
+        if self.calls <= self.refusals:
+            raise RuntimeError(self.message)
+        return job["submission_id"]
+
+
+def test_a_head_node_that_is_still_starting_is_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(job.time, "sleep", lambda seconds: None)
+    wanted = job.Submission(HEAD, tmp_path, ["true"], {}, {"fastbp.sweep": "toy"})
+    said, head = [], _Starting(3)
+    assert job._submitted(head, wanted, said.append).startswith("toy-")
+    assert (head.calls, said) == (4, ["the head node is still starting; trying again"])
+    for head in (_Starting(99), _Starting(1, "the folder is too large")):
+        with pytest.raises(RuntimeError, match=head.message):
+            job._submitted(head, wanted, said.append)
+        assert head.calls == (job.RECONNECTS if head.refusals == 99 else 1)
