@@ -14,7 +14,7 @@ from scipy.special import stdtr, stdtrit
 from analysis.comparisons import MIN_SEEDS
 from analysis.matching import Place
 from analysis.measured import Arm
-from analysis.paired import ALPHA, holm, t_test
+from analysis.paired import ALPHA, holm, t_test, without_spread
 from analysis.statistics import LEVEL, Estimate, mean_estimate
 from analysis.table import Column, Table
 
@@ -57,6 +57,9 @@ def change(first: dict[int, float], second: dict[int, float]) -> Change:
 def welch(x: NDArray[np.float64], y: NDArray[np.float64], *, level: float = LEVEL) -> tuple[Estimate, float | None]:
     """Mean of y minus mean of x of independent samples of unequal variance: Welch's t interval and two-sided p.
 
+    Where neither sample has a spread the interval is a point, and p is not 0 but 2**(1 - n) of the smaller, as in
+    `t_test`.
+
     Args:
         x, y: (n,) and (m,) values.
 
@@ -71,8 +74,9 @@ def welch(x: NDArray[np.float64], y: NDArray[np.float64], *, level: float = LEVE
         return Estimate(value, n=n), None
     parts = float(x.var(ddof=1)) / len(x), float(y.var(ddof=1)) / len(y)
     total = sum(parts)
-    if total == 0:
-        return Estimate(value, value, value, n), 1.0 if value == 0 else 0.0
+    if without_spread(x, y):
+        same = without_spread(np.concatenate((x, y)))
+        return Estimate(value, value, value, n), 1.0 if same else 2.0 ** (1 - n)
     shares = [part / total for part in parts]  # the squares of tiny variances would be 0
     freedom = 1 / (shares[0] ** 2 / (len(x) - 1) + shares[1] ** 2 / (len(y) - 1))
     error = math.sqrt(total)

@@ -146,9 +146,8 @@ def mismatch(claim: Claim, group: Group, arm: Arm) -> str:
     device = run["device"]
     if where.get("device") not in (None, device.get("type")):
         return f"device is {device.get('type')}, not {where['device']}"
-    count = device.get("count")
-    if where.get("devices", 1) > (count if isinstance(count, int) else 1):
-        return f"one device, not {where['devices']}"
+    if where.get("devices", 1) > arm.workers:
+        return f"{'one device' if arm.workers == 1 else f'{arm.workers} devices'}, not {where['devices']}"
     for name, wanted in (where.get("settings") or {}).items():
         if arm.values.get(name) != wanted:
             return f"{name} is {arm.values.get(name)}, not {wanted}"
@@ -190,7 +189,7 @@ def _row(claim: Claim, group: Group, arm: Arm, results: Results) -> dict[str, An
         if estimate.n < claim.min_seeds:
             why = f"{estimate.n} paired seeds, at least {claim.min_seeds} are needed"
         elif estimate.low is None:
-            why = "a pair of runs both missed the target"
+            why = "a pair has no ratio: both runs missed the target, or the baseline's time is 0"
     return {
         "claim": claim.text,
         "source": claim.source,

@@ -10,7 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from analysis.measured import Arm, Group
-from analysis.paired import ALPHA, POWER, detectable_effect, holm, known, sign_flip_test, t_test, wilcoxon_test
+from analysis.paired import (
+    ALPHA,
+    POWER,
+    detectable_effect,
+    holm,
+    known,
+    sign_flip_test,
+    t_test,
+    wilcoxon_test,
+    without_spread,
+)
 from analysis.statistics import Estimate, bootstrap_interval, difference_estimate, generator, ratio_estimate
 from analysis.table import Column, Table
 
@@ -27,7 +37,7 @@ class Effect:
         p_holm: `p` corrected over all methods and both outcomes of the group.
         bootstrap: the estimate with a paired bootstrap's interval, which assumes no normal spread.
         detectable: smallest speed-up above 1, or accuracy difference, that so many pairs with this spread find
-            with a power of 80 % after the correction; None below three pairs.
+            with a power of 80 % after the correction; None below three pairs and where they have no spread.
     """
 
     estimate: Estimate
@@ -121,7 +131,7 @@ def _bootstrap(x: NDArray[np.float64], rng: np.random.Generator, *, logarithm: b
 def _detectable(x: NDArray[np.float64], family: int, *, logarithm: bool) -> float | None:
     """In the unit of the estimate; the correction is taken at its strictest."""
     effect = detectable_effect(len(x), ALPHA / family)
-    if effect is None:
+    if effect is None or without_spread(x):
         return None
     shift = effect * float(x.std(ddof=1))
     return math.exp(min(shift, 700.0)) if logarithm else shift

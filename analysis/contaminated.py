@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from analysis import labels
@@ -20,8 +22,12 @@ def contaminated(runs: pd.DataFrame) -> pd.DataFrame:
 
 def contaminated_table(results: Results) -> Table:
     """Accuracy and seconds of these runs by arm: numbers to look at, from which nothing is concluded."""
+    runs = contaminated(results.runs)
+    tasks = {labels.canonical(task): labels.task_label(task, full=True) for task in runs["task"]}
     columns = (
-        Column("sweep", "sweep", shown=False),
+        Column("sweep", "sweep", shown=len({*runs["sweep"]}) > 1),
+        Column("task", "task", shown=len(tasks) > 1),
+        Column("part", "part", shown="ablate" in {*runs["phase"]}),
         Column("arm", "arm"),
         Column("role", "role"),
         Column("n", "runs", "count"),
@@ -29,7 +35,6 @@ def contaminated_table(results: Results) -> Table:
         Column("seconds", "training time, contaminated", "seconds"),
         Column("setting", "setting"),
     )
-    runs = contaminated(results.runs)
     values = [labels.settings(m, r) for m, r in zip(runs["method"], runs["recipe"], strict=True)]
     families = [labels.family(method) for method in runs["method"]]
     varying = {f: labels.varying([v for v, of in zip(values, families, strict=True) if of == f]) for f in {*families}}
@@ -38,9 +43,12 @@ def contaminated_table(results: Results) -> Table:
         setting=[labels.label(family, own, varying[family]) for family, own in pairs],
         task_key=[labels.canonical(task) for task in runs["task"]],
     )
+    by = ["sweep", "task_key", "phase", "arm", "role", "setting"]
     rows = [
         {
             "sweep": sweep,
+            "task": tasks[task],
+            "part": phase,
             "arm": arm,
             "role": role,
             "n": len(part),
@@ -48,12 +56,18 @@ def contaminated_table(results: Results) -> Table:
             "seconds": median_estimate(part["train_seconds"]),
             "setting": setting,
         }
-        for (sweep, _, arm, role, setting), part in cells(runs, ["sweep", "task_key", "arm", "role", "setting"])
+        for (sweep, task, phase, arm, role, setting), part in cells(runs, by)
     ]
-    rows.sort(key=lambda row: (row["sweep"], row["role"] != "baseline", row["arm"], ROLE_ORDER[row["role"]]))
+    rows.sort(key=_place)
     caption = (
         "Finished measured runs beside which other programs used the device. Their seconds are too long, unequally so, "
         "and nobody knows by how much: they are in no other table, figure or verdict, nor are their accuracies. "
         "Measure again, in a new folder, when the machine is quiet."
     )
     return Table("contaminated", "Contaminated times", caption, columns, rows)
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    """Measured before ablated, the baseline first, controls behind their method."""
+    where_from = row["sweep"], row["task"], TIMED.index(row["part"])
+    return *where_from, row["role"] != "baseline", row["arm"], ROLE_ORDER[row["role"]]

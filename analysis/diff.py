@@ -11,6 +11,7 @@ from typing import Any
 from analysis import labels
 from analysis.changes import difference_table
 from analysis.columns import TIMED
+from analysis.contaminated import contaminated
 from analysis.errors import ReportError
 from analysis.frames import count, records, where
 from analysis.load import Results, load
@@ -46,6 +47,7 @@ def diff(first: str, second: str, *, allow_mixed: bool = False, tracking_uri: st
     made += [_environment_table(a, b), _count_table(a, b)]
     unlike = [p for p in pairs if p[0].group.hardware != p[1].group.hardware]
     notes = [f"{side}: {problem}" for side, results in (("A", a), ("B", b)) for problem in results.problems]
+    notes += [note for side, results in (("A", a), ("B", b)) if (note := _contaminated_note(side, results))]
     if unlike and not allow_mixed:
         notes.append(
             f"The times of {len(unlike)} of {len(pairs)} arms are left out, as hardware or software differ; "
@@ -54,6 +56,12 @@ def diff(first: str, second: str, *, allow_mixed: bool = False, tracking_uri: st
     if not pairs:
         notes.append("No arm was measured in both.")
     return Diff((first, second), (len(a.runs), len(b.runs)), notes, [table for table in made if table.rows])
+
+
+def _contaminated_note(side: str, results: Results) -> str:
+    runs, k = results.runs, len(contaminated(results.runs))
+    n = count(runs["phase"].isin(TIMED) & (runs["status"] == "finished"))
+    return f"{side}: {k} of {n} finished measured runs were contaminated and are left out." if k else ""
 
 
 def _only_table(only: Sequence[tuple[str, Place]]) -> Table:

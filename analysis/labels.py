@@ -132,9 +132,8 @@ def stratum(device: dict[str, Any], software: dict[str, Any]) -> str:
     """Hardware and software that must agree before seconds are compared."""
     name = shortened(" ".join(str(device.get("name") or device.get("type") or "unknown device").split()))
     kind = str(device.get("type") or "unknown")
-    count, threads = device.get("count"), device.get("threads")
+    threads = device.get("threads")
     text = name if kind.lower() in name.lower() else f"{name} ({kind})"
-    text += f" ×{count}" if isinstance(count, int) and count > 1 else ""
     text += f", {threads} thread{'' if threads == 1 else 's'}" if threads is not None else ""
     text += f", torch {software.get('torch') or 'of unknown version'}"
     text += f", CUDA {software['cuda']}" if software.get("cuda") else ""

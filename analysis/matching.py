@@ -34,9 +34,7 @@ def places(results: Results) -> list[Place]:
     out = []
     for group in measured_groups(results, allow_mixed=True):
         for part, own in (("measure", group), ("ablate", group.ablated)):
-            tasks = [task for arm in own.arms for task in arm.tried["task"]] if own else []
-            title = labels.task_label(tasks[0], full=True) if tasks else group.title
-            task = labels.canonical(tasks[0]) if tasks else title
+            title, task = labels.task_label(group.task, full=True), labels.canonical(group.task)
             out += [Place(arm, own, task, title, part) for arm in own.arms] if own else []
     return out
 

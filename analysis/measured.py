@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -75,6 +75,7 @@ class Group:
 
     Attributes:
         ablated: the cells of the ablations there, which are no arms to choose from; None where there are none.
+        task: what all its runs train, those too that no arm may use.
     """
 
     title: str
@@ -82,6 +83,7 @@ class Group:
     slug: str
     arms: tuple[Arm, ...]
     ablated: Group | None = None
+    task: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def seeds(self) -> list[int]:
@@ -163,8 +165,8 @@ def measured_groups(results: Results, *, allow_mixed: bool = False) -> list[Grou
         title += f" — {stratum}" if len(strata) > 1 else ""
         measured, others = (where(part, part["phase"] == phase) for phase in TIMED)
         name = (title, stratum, f"group{len(groups) + 1}")
-        ablated = None if others.empty else Group(*name, _arms(others, results))
-        groups.append(Group(*name, _arms(measured, results), ablated))
+        ablated = None if others.empty else Group(*name, _arms(others, results), task=task)
+        groups.append(Group(*name, _arms(measured, results), ablated, task))
     return groups
 
 

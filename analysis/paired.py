@@ -15,11 +15,15 @@ from scipy.special import nctdtr, stdtr, stdtrit
 
 ALPHA = 0.05
 POWER = 0.8
+ROUNDING = 1e-9  # values that differ by a smaller share are equal
 EXACT_PAIRS = 14  # up to here all 2**n signs are tried
 
 
 def t_test(differences: ArrayLike) -> float | None:
     """Two-sided p of Student's paired t test; None below two pairs.
+
+    Differences without spread (accuracies are multiples of one over the images) say nothing about how much others
+    would vary: their p is the least that sign flips can have, 2**(1 - n). Their t interval is a point all the same.
 
     Args:
         differences: (n,) paired differences; NaN are left out.
@@ -28,9 +32,19 @@ def t_test(differences: ArrayLike) -> float | None:
     if x.size < 2:
         return None
     mean, error = float(x.mean()), float(x.std(ddof=1)) / math.sqrt(x.size)
-    if error == 0:
-        return 1.0 if mean == 0 else 0.0
+    if without_spread(x):
+        return 1.0 if mean == 0 else 2.0 ** (1 - x.size)
     return float(2 * stdtr(x.size - 1, -abs(mean) / error))
+
+
+def without_spread(*samples: NDArray[np.float64]) -> bool:
+    """Whether the values of every sample are equal, but for rounding of the largest of all.
+
+    Args:
+        samples: each (n,), n at least 2.
+    """
+    largest = max(float(np.abs(x).max()) for x in samples)
+    return all(float(x.std(ddof=1)) <= ROUNDING * largest for x in samples)
 
 
 def sign_flip_test(differences: ArrayLike, rng: np.random.Generator, resamples: int = 20_000) -> float | None:

@@ -16,8 +16,8 @@ HOW = (
     " in 93 % and with three in 74 % of sweeps instead of 95 %. It is shown beside the t test and decides nothing.",
     "What compares times (speed-up, P(on front), hypervolume) uses geometric means, paired by seed; the points are "
     "medians. P(on front) is the share of draws of all arms' true places, given the seeds, in which the arm is on "
-    "the front; for two arms it is the one-sided p of the paired t test. In simulations it is within 0.07 of the "
-    "truth from three seeds on, and without a value for one.",
+    "the front; for two arms that are equal in the other outcome it is the one-sided p of the paired t test. In "
+    "simulations it is within 0.07 of the truth from three seeds on, and without a value for one.",
     "A method wins or loses only where the paired t test, corrected by Holm over all methods of its section in time"
     " and accuracy, is below 5 %. Each section, that is each task on one kind of hardware, is corrected for itself,"
     " and so is each table of an ablation: of twenty sections in which nothing differs, about one may still call a "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from analysis.labels import Style
-from analysis.measured import Arm, Group
+from analysis.measured import ROLE_ORDER, Arm, Group
 
 DEEPEST = 0.64  # how far the last setting lies from the method's own hue towards black, on dark ground white
 
@@ -13,9 +13,7 @@ DEEPEST = 0.64  # how far the last setting lies from the method's own hue toward
 def arm_styles(group: Group, styles: dict[str, Style]) -> dict[Arm, Style]:
     """Every arm of the group to how it is drawn; a control is drawn in the shade of its method."""
     out: dict[Arm, Style] = {}
-    for (family, role), arms in _by_family(group).items():
-        if role == "control":
-            continue
+    for family, arms in _by_family(group).items():
         for i, arm in enumerate(arms):
             out[arm] = shade(styles[family], DEEPEST * i / max(len(arms) - 1, 1))
     for arm in group.arms:
@@ -24,10 +22,12 @@ def arm_styles(group: Group, styles: dict[str, Style]) -> dict[Arm, Style]:
     return {arm: out.get(arm, styles[arm.family]) for arm in group.arms}
 
 
-def _by_family(group: Group) -> dict[tuple[str, str], list[Arm]]:
-    found: dict[tuple[str, str], list[Arm]] = {}
-    for arm in group.arms:
-        found.setdefault((arm.family, arm.role), []).append(arm)
+def _by_family(group: Group) -> dict[str, list[Arm]]:
+    """Baselines and methods of each family, the baselines first: plain backprop may be both."""
+    found: dict[str, list[Arm]] = {}
+    for arm in sorted(group.arms, key=lambda arm: ROLE_ORDER[arm.role]):
+        if arm.role != "control":
+            found.setdefault(arm.family, []).append(arm)
     return found
 
 

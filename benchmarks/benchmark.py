@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     ordered = sorted(values)
     n = len(ordered)
     half = round(0.98 * n**0.5)
-    return ordered[n // 2], ordered[max(0, n // 2 - half)], ordered[min(n - 1, n // 2 + half)]
+    return statistics.median(ordered), ordered[max(0, n // 2 - half)], ordered[min(n - 1, n // 2 + half)]
 
 
 def environment() -> dict[str, Any]:

@@ -19,6 +19,7 @@ import argparse
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from benchmark import environment, judge, median_interval, write_json
 from fastbp import Backprop, DecorrelatedBP
 from fastbp.bench import interleaved
 from fastbp.flops import step_flops
-from fastbp.layer_inputs import groups_of, readable_layers
+from fastbp.layer_inputs import features, groups_of, readable_layers
 from fastbp.methods.decorrelated import decorrelation_of
 from fastbp.nets import make_model
 
@@ -91,7 +92,7 @@ class TwoStage(nn.Module):
         self.R = self.R - decor_lr * M @ self.R
 
 
-def naive_step(net: nn.Module, fraction: float, x: Tensor, y: Tensor) -> Callable[[], None]:
+def naive_step(net: nn.Module, fraction: float, x: Tensor, y: Tensor) -> tuple[Callable[[], None], Any]:
     net = copy.deepcopy(net)
     stages = []
     for path, layer in chosen(net).items():
@@ -109,7 +110,7 @@ def naive_step(net: nn.Module, fraction: float, x: Tensor, y: Tensor) -> Callabl
         for stage in stages:
             stage.update(1e-5, 1e-2)
 
-    return step
+    return step, None
 
 
 def our_step(net: nn.Module, method: Any, x: Tensor, y: Tensor) -> tuple[Callable[[], None], Any]:
@@ -127,7 +128,7 @@ def our_step(net: nn.Module, method: Any, x: Tensor, y: Tensor) -> tuple[Callabl
 def chosen(net: nn.Module) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return readable_layers(net, choose="all", max_features=4608, who="DecorrelatedBP")
+        return readable_layers(net, choose="all", max_features=4608, width=features, who="DecorrelatedBP")
 
 
 def methods_of(quick: bool, device: torch.device) -> dict[str, DecorrelatedBP]:
@@ -150,18 +151,20 @@ def measure(name: str, size: int, batch: int, rounds: int, device: torch.device,
     torch.manual_seed(0)
     net = make(name).to(device).train()
     x, y = torch.randn(batch, 3, size, size, device=device), torch.randint(10, (batch,), device=device)
-    backprop, plain = our_step(net, Backprop(), x, y)
-    steps: dict[str, Callable[[], None]] = {"backprop": backprop}
-    estimators: dict[str, Any] = {}
+    methods: dict[str, Any] = {"backprop": Backprop(), **methods_of(quick, device)}
+    makers: dict[str, Callable[[], tuple[Callable[[], None], Any]]] = {
+        label: partial(our_step, net, method, x, y) for label, method in methods.items()
+    }
+    for fraction in FRACTIONS if device.type == "cuda" else FRACTIONS[-1:]:
+        makers[f"naive, p = {fraction:g}"] = partial(naive_step, net, fraction, x, y)
+    periods = {label: getattr(methods.get(label), "interval", 1) for label in makers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of layers beyond max_features: both implementations leave them plain
-        for label, method in methods_of(quick, device).items():
-            steps[label], estimators[label] = our_step(net, method, x, y)
-    for fraction in FRACTIONS if device.type == "cuda" else FRACTIONS[-1:]:
-        steps[f"naive, p = {fraction:g}"] = naive_step(net, fraction, x, y)
-    periods = {label: getattr(getattr(e, "method", None), "interval", 1) for label, e in estimators.items()}
-    calls = {label: repeated(step, periods.get(label, 1)) for label, step in steps.items()}
-    peaks = {label: peak_bytes(call, device) for label, call in calls.items()}
+        peaks = {label: peak_bytes(maker, periods[label], device) for label, maker in makers.items()}
+        made = {label: maker() for label, maker in makers.items()}
+    calls = {label: repeated(step, periods[label]) for label, (step, _) in made.items()}
+    estimators = {label: estimator for label, (_, estimator) in made.items() if estimator is not None}
+    plain = estimators.pop("backprop")
     seconds = interleaved(calls, rounds, device)
     base_flops = step_flops(plain, x, y)
     rows = []
@@ -204,14 +207,16 @@ def repeated(step: Callable[[], None], times: int) -> Callable[[], None]:
     return call
 
 
-def peak_bytes(call: Callable[[], None], device: torch.device) -> int | None:
-    """The most memory that was allocated in a call; torch does not know it on a CPU."""
+def peak_bytes(maker: Callable[[], tuple[Callable[[], None], Any]], steps: int, device: torch.device) -> int | None:
+    """The most memory that one candidate allocates by itself, matrices and optimizer included; unknown on a CPU."""
     if device.type != "cuda":
         return None
-    call()
+    before = torch.cuda.memory_allocated(device)
+    step, _ = maker()
+    repeated(step, steps)()
     torch.cuda.reset_peak_memory_stats(device)
-    call()
-    return torch.cuda.max_memory_allocated(device)
+    repeated(step, steps)()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def surgery(name: str, rounds: int, device: torch.device, batch: int) -> dict[str, float]:
@@ -262,7 +267,7 @@ def claims(rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, floa
     cifar = [row["overhead"] for row in rows if row["net"] == "cifar_resnet18" and row["what"] == "block, p = 0.01"]
     ours = {_place(row): row["overhead"] for row in rows if row["what"].endswith("interval 1")}
     peers = [row for row in rows if row["what"].startswith("naive") and _place(row) in ours]
-    times = [row["overhead"] / ours[_place(row)] for row in peers]
+    times = [row["overhead"] / max(ours[_place(row)], 1e-3) for row in peers]
     most = {name: max(values) for name, values in ((gpu, resnets), (block, cifar)) if values}
     least = {naive: min(times)} if times else {}
     return most, least, [name for name in LIMITS if name not in {*most, *least}]
@@ -279,6 +284,8 @@ def main() -> None:
     parser.add_argument("--out", default="results/benchmarks/dbp_overhead.json")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")  # on a GPU the convolutions run in TF32; so do the products with R
+    torch.backends.cudnn.benchmark = True
     rounds = 2 if arguments.quick else arguments.rounds
     sizes = QUICK_ROWS if arguments.quick else [*CPU_ROWS[:1], *GPU_ROWS] if device.type == "cuda" else CPU_ROWS
     rows: list[dict[str, Any]] = []

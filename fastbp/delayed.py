@@ -8,8 +8,8 @@ business, so that every executor computes the same numbers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,26 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
+from fastbp.chain import Residual
 from fastbp.seeding import seeded
+
+_measuring = False
+
+
+@contextmanager
+def measurement() -> Iterator[None]:
+    """Forward passes in this block only measure: hooks that learn from them ask `measuring` and leave them out."""
+    global _measuring
+    before, _measuring = _measuring, True
+    try:
+        yield
+    finally:
+        _measuring = before
+
+
+def measuring() -> bool:
+    """Whether a `measurement` is under way."""
+    return _measuring
 
 
 @dataclass
@@ -64,7 +83,11 @@ class DelayedModule:
         return self.weights if self.delay else "now"
 
     def forward(self, step: int, x: Tensor) -> Tensor:
-        """Send a batch forward with today's weights and queue it; returns the output, detached where k < K-1."""
+        """Send a batch forward with today's weights and queue it; returns the output, detached where k < K-1.
+
+        Raises:
+            TypeError: the output is not one tensor, but another module is to follow.
+        """
         self._see_parameters()
         x = x.detach()
         entry = InFlight(step, x, {name: p.requires_grad for name, p in self.parameters.items()})
@@ -73,11 +96,11 @@ class DelayedModule:
         self.queue.append(entry)
         if self.mode == "replay":
             with self.masks(step), torch.no_grad():
-                return self.net(x)
+                return self._one_tensor(self.net(x))
         entry.leaves = self._leaves(entry, self.parameters)
         if self.mode == "stash":
             entry.buffers = dict(self.net.named_buffers())
-        entry.y = self._record(entry)
+        entry.y = self._one_tensor(self._record(entry))
         return entry.y.detach() if self.k < self.modules - 1 else entry.y
 
     def due(self, step: int) -> InFlight | None:
@@ -97,6 +120,7 @@ class DelayedModule:
         names = [name for name, wanted in entry.wants_grad.items() if wanted]
         inputs = [entry.leaves[name] for name in names] + ([entry.x] if self.k > 0 else [])
         if not entry.y.requires_grad or not inputs:
+            self.rest()
             return None
         if delta is not None and self.delay and self.shrink != 1.0:
             delta = delta * self.shrink
@@ -107,15 +131,32 @@ class DelayedModule:
             parameter = self.parameters[name]
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+        got = {name for name, grad in zip(names, grads, strict=False) if grad is not None}
+        self.rest(name for name in self.parameters if name not in got)
         return grads[-1] if self.k > 0 else None
 
-    def replica(self, step: int, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def rest(self, names: Iterable[str] | None = None) -> None:
+        """While late, let these parameters, or all, take no step: momentum would still move one whose gradient is zero.
+
+        A gradient that is not zero stays: it is of another batch of the same step.
+        """
+        for name in (self.parameters if names is None else names) if self.delay else ():
+            parameter = self.parameters[name]
+            if parameter.grad is not None and not parameter.grad.any():
+                parameter.grad = None
+
+    def replica(self, step: int, x: Tensor, wants_grad: Mapping[str, bool]) -> tuple[Tensor, dict[str, Tensor]]:
         """The module on any input at today's weights, with the masks of a step, leaving no trace.
+
+        Args:
+            step: whose dropout masks to use.
+            x: the input.
+            wants_grad: by parameter name; those left out get no gradient.
 
         Returns:
             the output and the leaves it was computed with, by parameter name.
         """
-        leaves = {n: p.detach().requires_grad_(p.requires_grad) for n, p in self.net.named_parameters()}
+        leaves = {n: p.detach().requires_grad_(wants_grad.get(n, False)) for n, p in self.net.named_parameters()}
         buffers = {name: buffer.clone() for name, buffer in self.net.named_buffers()}
         with self.masks(step):
             return functional_call(self.net, leaves | buffers, (x,)), leaves
@@ -125,6 +166,14 @@ class DelayedModule:
         if self.modules == 1 or self.device is None:
             return nullcontext()
         return seeded(self.device, ((self.seed % 2**31) * 1_000_003 + step) * 4099 + self.k)
+
+    def _one_tensor(self, output: Any) -> Tensor:
+        if self.k < self.modules - 1 and not isinstance(output, Tensor):
+            raise TypeError(
+                f"DDG: module {self.k}, which ends in {_last_layer(self.net)}, returned a "
+                f"{type(output).__name__}, but only one tensor can cross a cut; cut elsewhere or return a tensor"
+            )
+        return output
 
     def _see_parameters(self) -> None:
         if not self.parameters:
@@ -194,6 +243,13 @@ class DelayedModule:
             return item.to(self.device)
         name, shape, stride, offset = item
         return self.parameters[name].detach().as_strided(shape, stride, offset)
+
+
+def _last_layer(net: nn.Module) -> str:
+    """The class of the layer or branch that a module ends in."""
+    while isinstance(net, nn.Sequential | Residual) and len(list(net.children())):
+        net = net.branch if isinstance(net, Residual) else net[-1]
+    return type(net).__name__
 
 
 def _append(items: list[Tensor], item: Tensor) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -15,7 +16,9 @@ Layer = nn.Linear | nn.Conv2d
 _TIMM = ("Conv2dSame", "StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame", "Linear")
 
 
-def readable_layers(model: nn.Module, *, choose: str, max_features: int, who: str) -> dict[str, Layer]:
+def readable_layers(
+    model: nn.Module, *, choose: str, max_features: int, width: Callable[[Layer], int], who: str
+) -> dict[str, Layer]:
     """The Linear and Conv2d layers whose input is what their weight multiplies, by path in the model.
 
     Left out: frozen weights, weights shared between layers or already parametrized, the projections of
@@ -24,7 +27,8 @@ def readable_layers(model: nn.Module, *, choose: str, max_features: int, who: st
 
     Args:
         choose: `all`, `conv`, `linear`, or a regular expression that is searched for in a layer's path.
-        max_features: the widest input, in features per group.
+        max_features: the widest that is let in.
+        width: how wide a layer is, such as `features`.
         who: named in the messages.
 
     Raises:
@@ -47,8 +51,8 @@ def readable_layers(model: nn.Module, *, choose: str, max_features: int, who: st
             continue
         if not _is_known(layer):
             odd.append(f"{path} ({type(layer).__name__})")
-        elif features(layer) > max_features:
-            wide.append(f"{path} ({features(layer)})")
+        elif width(layer) > max_features:
+            wide.append(f"{path} ({width(layer)})")
         else:
             layers[path] = layer
     if not layers:

@@ -178,6 +178,8 @@ class StageDDG(DelayedEstimator):
             if self.before is not None:
                 assert delta is not None
                 self.before.push(("signal", size), delta)
+        else:
+            self.module.rest()
         self.step += 1
 
     def _signal(self, size: int) -> Tensor:

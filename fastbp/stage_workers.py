@@ -20,6 +20,7 @@ from fastbp.record import EpochRecord, RunRecord
 from fastbp.run import Run, RunConfig
 
 TIMEOUT_SECONDS = 300.0  # how long a rank waits for a neighbour's tensor before it gives up
+ANSWER_SECONDS = 86_400.0  # how long a call of a stage, such as an epoch, may take: one that hangs ends the run
 
 
 class StageError(RuntimeError):
@@ -127,7 +128,7 @@ class LocalWorkers:
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
-        self._gather()  # all are up, or one says why not
+        self._gather(ANSWER_SECONDS)  # all are up, or one says why not
 
     def call(self, name: str, *args: Sequence[Any]) -> list[Any]:
         for rank, pipe in enumerate(self._pipes):
@@ -135,15 +136,17 @@ class LocalWorkers:
                 pipe.send((name, [arg[rank] for arg in args]))
             except OSError:
                 self._fail(f"stage {rank} is gone (exit code {self._processes[rank].exitcode})")
-        return self._gather()
+        return self._gather(TIMEOUT_SECONDS if name == "close" else ANSWER_SECONDS)
 
-    def _gather(self) -> list[Any]:
+    def _gather(self, seconds: float) -> list[Any]:
         """One answer of every rank; the first failure ends them all."""
         answers: dict[int, Any] = {}
         while len(answers) < len(self._pipes):
             waiting: dict[Any, int] = {self._pipes[r]: r for r in range(len(self._pipes)) if r not in answers}
             ends: dict[Any, int] = {self._processes[r].sentinel: r for r in waiting.values()}
-            ready = wait([*waiting, *ends])
+            ready = wait([*waiting, *ends], timeout=seconds)
+            if not ready:
+                self._fail(f"stage {min(waiting.values())} did not answer within {seconds:g} s")
             for item in [i for i in ready if i in waiting] or ready:
                 rank = waiting[item] if item in waiting else ends[item]
                 try:

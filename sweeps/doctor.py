@@ -18,10 +18,11 @@ from fastbp.sources import data_root, first_load
 from sweeps.job import HOME_TOKEN, connect, token_source, use_token
 from sweeps.source import SweepError, without_password
 from sweeps.spec import Sweep, load_sweep
+from trainables.free_device import spare_cores, unwatched
 
 NEEDED = ("ray", "optuna", "mlflow")  # by a sweep; the others by some models, or by the report
 LOW_BYTES, LEAST_BYTES = 2 << 30, 200 << 20  # of free disk: a warning, a failure
-BUSY = 0.25  # share of a machine's CPUs or GPU memory in use, from which measured times suffer
+BUSY_MEMORY = 0.25  # share of a GPU's memory in use, from which measured times suffer
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def examine(file: str | None, address: str | None, out: Path | None) -> Iterator
             yield (data := _data(sweep))
             yield _arms(file, sweep, data)
     if address is None:
-        yield from devices()
+        yield from devices(sweep.exclusive.threads if sweep and sweep.exclusive else None)
     yield from cluster(address)
     yield mlflow_store(sweep.mlflow.tracking_uri if sweep else None)
     yield from folders(sweep, out, far=address is not None)
@@ -89,21 +90,28 @@ def versions() -> Iterator[Finding]:
             yield Finding(name, "ok", found.version)
 
 
-def devices() -> Iterator[Finding]:
-    """What runs will train on, and whether something else computes there now."""
+def devices(threads: int | None = None) -> Iterator[Finding]:
+    """What runs will train on, and whether something else computes there now.
+
+    Args:
+        threads: of a measured run on the CPU; None: all.
+    """
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             name = f"{torch.cuda.get_device_name(index)}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-            used = (total - free) / total > BUSY
+            used = (total - free) / total > BUSY_MEMORY
             fix = "measured runs need the device to themselves: see nvidia-smi, and wait" if used else ""
             yield Finding(f"GPU {index}", "warn" if used else "ok", name, fix)
+            if unwatched(torch.device("cuda", index)):
+                said = "nobody sees whether others use it during a measured run"
+                yield Finding(f"GPU {index} watch", "warn", said, "pip install 'fastbp[energy]', and see nvidia-smi")
     else:
         yield Finding("GPU", "ok", f"torch {torch.__version__} sees none: runs train on the CPU")
     cores = len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
-    busy = load > BUSY * cores
-    fix = "measured runs need the machine to themselves: see top, and wait" if busy else ""
+    busy = load >= spare_cores(threads or cores)
+    fix = "measured runs need their cores to themselves: see top, and wait" if busy else ""
     yield Finding("CPU", "warn" if busy else "ok", f"{cores} cores, load {load:.1f} over the last minute", fix)
     shared = Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).free < 128 << 20:

@@ -257,8 +257,3 @@ def _devices(gpus: float, methods: Iterable[Method]) -> float:
     """GPUs of the largest run: one for each of its modules that is a process of its own."""
     most = max((stages(method) for method in methods), default=1)
     return gpus if most == 1 else math.ceil(gpus) * most
-
-
-def _trial_name(trial: Any) -> str:
-    run = RunConfig.from_dict(trial.config["run"])
-    return f"{run.key}-{trial.config['attempt']}"

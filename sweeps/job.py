@@ -25,6 +25,7 @@ from sweeps.submit import NOT_UPLOADED, Submission, excludes
 Say = Callable[[str], None]
 UPLOAD_MIB = 100  # what a head node takes at most (Ray's DASHBOARD_CLIENT_MAX_SIZE)
 RECONNECTS = 30  # tries, 2 s apart, before a head that stopped answering is given up
+NO_AGENT = "No available agent"  # what a head node says that cannot start jobs, yet or at all
 HOME_TOKEN = Path("~/.ray/auth_token")
 
 
@@ -67,7 +68,7 @@ def _submitted(client: Any, request: Submission, say: Say) -> str:
                 metadata=request.metadata,
             )
         except RuntimeError as error:
-            if "No available agent" not in str(error) or not left:
+            if NO_AGENT not in str(error) or not left:
                 raise
             if left == RECONNECTS - 1:
                 say("the head node is still starting; trying again")
@@ -239,6 +240,10 @@ def _refusals(request: Submission) -> Iterator[None]:
                 f"list what the job does not need in .rayignore there, or give a smaller --working-dir"
             ) from error
         reason = without_password(_first_line(error))
+        if NO_AGENT in reason:
+            reason += (
+                " (another Ray on that machine may hold its agent's port: ray start --dashboard-agent-listen-port=0)"
+            )
         raise SweepError(f"{without_password(request.address)} refused the job: {reason}") from error
 
 

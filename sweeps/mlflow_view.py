@@ -130,7 +130,10 @@ def progress(runs: list[RunRecord]) -> int:
 
 
 def cell_metrics(runs: list[RunRecord]) -> list[Metric]:
-    """Mean and 95 % interval over seeds for a measured cell; the best accuracy for a search."""
+    """Mean and 95 % interval over seeds for a measured cell; the best accuracy for a search.
+
+    Like the report, a measured cell takes runs that were alone on their device and not resumed: `runs/measured`.
+    """
     ended = [run for run in runs if run.status != "running"]
     finished = [run for run in ended if run.status == "finished"]
     step, when = progress(runs), max((end_millis(run) for run in ended), default=0)
@@ -143,11 +146,12 @@ def cell_metrics(runs: list[RunRecord]) -> list[Metric]:
             (r.val_accuracy for r in finished if r.val_accuracy is not None), default=None
         )
     else:
-        timed = [run for run in finished if run.exclusive and not run.resumed]
+        measured = [run for run in finished if run.exclusive and not run.resumed]
+        values["runs/measured"] = float(len(measured))
         for name, sample in {
-            "final/test_accuracy": [r.test_accuracy for r in finished],
-            "final/val_accuracy": [r.val_accuracy for r in finished],
-            "train_seconds": [r.train_seconds for r in timed],
+            "final/test_accuracy": [r.test_accuracy for r in measured],
+            "final/val_accuracy": [r.val_accuracy for r in measured],
+            "train_seconds": [r.train_seconds for r in measured],
         }.items():
             mean, low, high = mean_interval([v for v in sample if v is not None])
             ceiling = 1.0 if name.endswith("accuracy") else math.inf  # a t interval knows no bounds, the quantity does
@@ -169,7 +173,7 @@ def cell_note(metrics: list[Metric]) -> str:
             ends = [values.get(f"{name}_{end}") for end in ("low", "high")]
             interval = "" if None in ends else f" ({' to '.join(f'{scale * (e or 0.0):.2f}' for e in ends)})"
             parts.append(f"{title} {scale * values[name]:.2f}{interval} {unit}")
-    return ", ".join([*parts, f"n = {values['runs/finished']:.0f}"])
+    return ", ".join([*parts, f"n = {values.get('runs/measured', values['runs/finished']):.0f}"])
 
 
 def epoch_metrics(run: RunRecord, epochs: list[EpochRecord]) -> list[Metric]:

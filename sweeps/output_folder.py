@@ -20,7 +20,11 @@ SEARCH_LOG = "search.jsonl"
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[bool]:
-    """Hold the output folder; yields False where another process holds it."""
+    """Hold the output folder; yields False where another process holds it.
+
+    Raises:
+        SweepError: the folder cannot be written, or its file system has no locks.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
@@ -29,9 +33,14 @@ def locked(out: Path) -> Iterator[bool]:
     with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             yield False
             return
+        except OSError as error:
+            raise SweepError(
+                f"{out}: its file system cannot lock files ({error.strerror}), which keeps two sweeps out of one "
+                "folder; give another folder with --out, or mount it with locks (Lustre: -o flock)"
+            ) from error
         yield True
 
 

@@ -17,6 +17,7 @@ from sweeps.source import Source, SweepError, read_source, without_password
 
 Slug = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+EPOCHS = ("epochs", "warmup_epochs")  # of a recipe: what a smoke run sets
 
 
 class _Part(BaseModel):
@@ -181,17 +182,41 @@ class Sweep(_Part):
         return config_key(self.config())
 
     def smoke(self) -> Sweep:
-        """The same sweep at its smallest, for CI: one epoch, one trial per arm, one seed."""
+        """The same sweep at its smallest, for CI: one epoch, one trial per arm, one seed.
+
+        Arms and ablations lose what they say of epochs; an ablation of nothing else goes, and where nothing is left to
+        do, the arms are measured once.
+        """
+        ablate = [short for part in self.ablate if (short := _one_epoch(part)) is not None]
         search, measure = self.search, self.measure
+        if not (search or measure or ablate):
+            measure = self.exclusive
         return self.model_copy(
             update={
                 "name": f"{self.name}-smoke",
                 "recipe": {**self.recipe, "epochs": 1, "warmup_epochs": 0},
+                "arms": {name: _without_epochs(arm) for name, arm in self.arms.items()},
                 "search": search and search.model_copy(update={"trials": 1, "epochs": 1, "rungs": None}),
                 "measure": measure and measure.model_copy(update={"seeds": measure.seeds[:1]}),
-                "ablate": [part.model_copy(update={"seeds": part.seeds and part.seeds[:1]}) for part in self.ablate],
+                "ablate": [part.model_copy(update={"seeds": part.seeds and part.seeds[:1]}) for part in ablate],
             }
         )
+
+
+def _without_epochs(arm: dict[str, Any]) -> dict[str, Any]:
+    """An arm that takes its epochs from the sweep's recipe."""
+    own = arm.get("recipe")
+    if not isinstance(own, dict):
+        return arm
+    return arm | {"recipe": {name: value for name, value in own.items() if name not in EPOCHS}}
+
+
+def _one_epoch(part: AblatePart) -> AblatePart | None:
+    """An ablation that changes no epochs; None where it changed nothing else."""
+    if not part.factors:
+        return part
+    left = {name: levels for name, levels in part.factors.items() if name.removeprefix("recipe.") not in EPOCHS}
+    return part.model_copy(update={"factors": left}) if left else None
 
 
 def load_sweep(path: Path, name: str | None = None) -> tuple[Sweep, Source]:

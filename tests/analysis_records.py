@@ -11,7 +11,7 @@ from analysis.load import load
 from analysis.measured import measured_groups
 from analysis.report import build, figure_files, text_files
 
-CPU = {"type": "cpu", "name": "Test CPU", "count": 1, "threads": 1}
+CPU = {"type": "cpu", "name": "Test CPU", "threads": 1}
 SOFTWARE = {"python": "3.11", "torch": "2.14.1", "cuda": None}
 TASK = {"data": "digits", "model": "resnet-tiny", "model_args": {}, "data_args": {}}
 RECIPE = {"epochs": 4, "lr": 0.1, "batch_size": 64}

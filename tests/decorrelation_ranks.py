@@ -13,9 +13,21 @@ from fastbp import DecorrelatedBP
 METHOD = DecorrelatedBP(decor_lr=0.05, kappa=0.2, sample_fraction=1.0, structure="full")
 
 
+class Counter(nn.Module):
+    """Has a buffer, as batch norm has: DistributedDataParallel then broadcasts buffers with every forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
 def model():
     torch.manual_seed(0)
-    body = [nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 3, 2, groups=1), nn.Flatten()]
+    body = [nn.Conv2d(2, 4, 3, padding=1), Counter(), nn.Tanh(), nn.Conv2d(4, 3, 2, groups=1), nn.Flatten()]
     return nn.Sequential(*body, nn.Linear(27, 3)).double()
 
 
@@ -35,6 +47,9 @@ def train(net, part=slice(None)):
         optimizer.zero_grad()
         estimator.backward(x[part], y[part])
         optimizer.step()
+    if isinstance(net, DistributedDataParallel):
+        sent = [name for name, buffer in net.module.named_buffers() if any(buffer is b for b in net.modules_buffers)]
+        assert sent == ["1.calls"], f"broadcast with every forward: {sent}"
     return {key.removeprefix("module."): value for key, value in estimator.finalize().state_dict().items()}
 
 

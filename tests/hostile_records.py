@@ -61,7 +61,7 @@ DEGENERATE = {
     "negative seeds": every(lambda r: r | {"seed": -r["seed"]} if r["kind"] == "run" else r),
     "only search": search_lines(),
     "only running": [run_line(status="running")],
-    "odd devices": every(lambda r: r | {"device": {"name": 7, "count": "x", "threads": []}} if "device" in r else r),
+    "odd devices": every(lambda r: r | {"device": {"name": 7, "threads": []}} if "device" in r else r),
 }
 
 

@@ -106,6 +106,13 @@ def test_one_device_does_not_speak_for_two(tmp_path):
     assert mismatch(claim, group, group.arms[0]) == "one device, not 2"
 
 
+def test_a_run_on_two_devices_speaks_for_two_and_not_for_three(tmp_path):
+    _, (group,) = groups_of(tmp_path, [sweep_line(), *[run_line(seed=s, workers=2) for s in range(3)]])
+    two, three = (Claim(**(FASTER | {"method": "bp"}), at_most=0.8, where={"devices": n}) for n in (2, 3))
+    assert mismatch(two, group, group.arms[0]) == ""
+    assert mismatch(three, group, group.arms[0]) == "2 devices, not 3"
+
+
 def target_records(seeds):
     """Every run reaches the baseline's final accuracy with its second of four epochs; ldb's take 4 s to 10 s."""
     lines = [sweep_line()]
@@ -134,6 +141,19 @@ def test_a_claim_about_time_to_a_target_needs_five_seeds(tmp_path, seeds, verdic
     assert "(5 for times to a target" in table.caption
     (row,) = table_of(tmp_path / "time", [Claim(**FASTER, at_most=0.5)], target_records(3)).rows
     assert row["verdict"] == "confirmed", "three seeds are enough for a mean"
+
+
+@pytest.mark.parametrize("curve", [[0.5, 0.6, 0.7, 0.8], [0.95, 0.95, 0.95, 0.95]], ids=["both missed", "a time of 0"])
+def test_a_pair_without_a_ratio_is_said(tmp_path, curve):
+    lines = target_records(5)
+    for line in lines:
+        if line["kind"] == "epoch":
+            line["val_accuracy"] = curve[line["epoch"]]
+            if line["epoch"] == 0:
+                line["train_seconds"] = 0.0
+    (row,) = table_of(tmp_path, [Claim(**(FASTER | {"metric": "target_ratio"}), at_most=0.5)], lines).rows
+    expected = "a pair has no ratio: both runs missed the target, or the baseline's time is 0"
+    assert (row["verdict"], row["why"]) == ("not enough data", expected)
 
 
 OWN = """

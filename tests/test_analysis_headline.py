@@ -5,10 +5,11 @@ import random
 import pytest
 
 from analysis.contaminated import contaminated_table
+from analysis.load import load
 from analysis.measured import left_out
 from analysis.summary import answer
 from analysis.table import Column, Table
-from analysis_records import bp, dbp, groups_of, ldb, report_of, rows_of, run_line, sweep_line
+from analysis_records import TASK, bp, dbp, groups_of, ldb, report_of, rows_of, run_line, sweep_line, write
 
 
 def headline(tmp_path, ldb_truth, dbp_truth):
@@ -66,6 +67,23 @@ def test_runs_beside_other_programs_are_left_out_and_said(tmp_path, flag):
     (row,) = contaminated_table(results).rows
     assert (row["arm"], row["n"], row["seconds"].value) == ("bp", 2, 1e6)
     assert left_out(results, [group]) == {"shared their device with other work": 2}
+
+
+def test_contaminated_runs_are_told_apart_by_sweep_task_and_part(tmp_path):
+    places = [
+        {"sweep": sweep, "task": TASK | {"data": data}, "phase": phase}
+        for sweep in ("one", "two")
+        for data in ("digits", "wine")
+        for phase in ("measure", "ablate")
+    ]
+    lines = [run_line(seed=s, exclusive=False, **more) for more in places for s in range(2)]
+    path = write(tmp_path / "records.jsonl", lines)
+    table = contaminated_table(load([path]))
+    found = [(row["sweep"], row["task"].partition(",")[0], row["part"], row["n"]) for row in table.rows]
+    assert found == [(more["sweep"], more["task"]["data"], more["phase"], 2) for more in places]
+    assert [column.key for column in table.shown][:4] == ["sweep", "task", "part", "arm"]
+    one = contaminated_table(load([write(tmp_path / "one.jsonl", lines[:2])]))
+    assert one.shown[0].key == "arm", "columns that say the same in every row"
 
 
 def test_where_no_run_was_alone_the_report_says_nothing_but_that(tmp_path):

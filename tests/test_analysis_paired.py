@@ -51,6 +51,26 @@ def test_degenerate_pairs(test):
     assert 0 <= test([1.0, 1.0, 1.0, 2.0, 2.0]) <= 1, "ties"
 
 
+def test_equal_differences_are_not_certain():
+    """Accuracies are multiples of one over the images: three equal differences are no proof of a fourth."""
+    rounded = np.array([0.11, 0.51, 0.91]) - np.array([0.1, 0.5, 0.9])
+    assert rounded.std() > 0, "rounding is what this is about"
+    assert t_test(rounded) == t_test([0.01] * 3) == sign_flip_test([0.01] * 3, rng()) == 0.25
+    assert t_test([0.01] * 5) == 0.0625
+    assert t_test(1e-12 * np.array([1.0, 1.1, 0.9])) < 0.05, "a small spread is one"
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_equal_arms_of_quantised_accuracy_differ_in_at_most_7_percent(n):
+    """Hits among 360 images; the noise of the times is continuous."""
+    random, declared = np.random.default_rng(n), 0
+    for _ in range(400):
+        hits, logs = random.binomial(360, 0.995, (5, n)) / 360, random.normal(0, 0.02, (5, n))
+        p = [t_test(values[i] - values[0]) for i in range(1, 5) for values in (hits, logs)]
+        declared += holm(p).min() < 0.05
+    assert declared <= 0.07 * 400, f"{declared} of 400 sweeps of equal arms declare a difference"
+
+
 def test_holm_rejects_as_the_step_down_procedure():
     for case in range(200):
         p = np.round(np.random.default_rng(case).random(5) ** 3, 2)
@@ -132,6 +152,19 @@ def test_a_difference_alone_that_survives_its_correction_is_called(tmp_path):
     gains = np.array([0.004, 0.006, 0.005, 0.007, 0.003, 0.005])
     _, (group,) = groups_of(tmp_path, _arms([("ldb", ldb(), gains)]))
     assert answer(group).comparisons[0].verdict == "wins", comparisons(group)["ldb"][1]
+
+
+def test_equal_steps_at_three_seeds_win_nothing(tmp_path):
+    lines = []
+    for seed, accuracy in enumerate((0.97, 0.98, 0.99)):
+        lines.append(run_line(seed=seed, train_seconds=10 + 0.1 * seed, test_accuracy=accuracy))
+        more = {"train_seconds": 10.1 - 0.1 * seed, "test_accuracy": accuracy + 0.01}
+        lines.append(run_line(arm="ldb", role="method", method=ldb(), seed=seed, **more))
+    _, (group,) = groups_of(tmp_path, lines)
+    (found,) = answer(group).comparisons
+    assert found.verdict == "undecided", found.sentence
+    assert comparisons(group)["ldb"][1].detectable is None, "without a spread it would be 0"
+    assert "unseen" not in found.sentence
 
 
 def test_two_pairs_are_no_comparison(tmp_path):

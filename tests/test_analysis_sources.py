@@ -199,7 +199,6 @@ TF32 = SOFTWARE | {"cuda": "13.0", "matmul_precision": "highest", "deterministic
         ((GPU, TF32), (GPU, TF32 | {"cudnn_tf32": False}), "no TF32 in cuDNN"),
         ((GPU, TF32 | {"cudnn": 91002}), (GPU, TF32 | {"cudnn": 90100}), "cuDNN 9.10.2"),
         ((GPU, TF32 | {"cudnn": 8902}), (GPU, TF32 | {"cudnn": 90100}), "cuDNN 8.9.2"),
-        ((GPU, TF32), (GPU | {"count": 2}, TF32), "×2"),
         ((GPU, TF32), (CPU, TF32), "Test CPU"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from analysis.labels import Style, family, styles
 from analysis.report import MARKERS
 from analysis.shades import arm_styles, shade
-from analysis_records import bp, dbp, groups_of, ldb, report_of, run_line
+from analysis_records import RECIPE, bp, dbp, groups_of, ldb, report_of, run_line
 
 COMBINED = ("dbp+ldb", "ldb+dbp", "dbp+highway", "ldb+highway", "dbp+ddg", "ldb+ddg")
 COMBINED += ("dbp+ldb+highway", "ldb+dbp+highway", "dbp+ldb+ddg", "ldb+dbp+ddg")
@@ -82,6 +82,16 @@ def test_settings_of_one_method_have_shades_of_its_hue(tmp_path):
             control = group.control_of(arm)
             assert control is not None
             assert drawn[control.name] == drawn[arm.name], f"{control.name} is not drawn in its method's shade"
+
+
+def test_backprop_as_a_method_is_told_from_the_baseline(tmp_path):
+    longer = {"arm": "a-long", "role": "method", "recipe": RECIPE | {"epochs": 8}}
+    lines = [run_line(seed=s, **more) for s in range(3) for more in (longer, {})]
+    _, (group,) = groups_of(tmp_path, lines)
+    drawn = {arm.name: style for arm, style in arm_styles(group, styles([])).items()}
+    assert drawn["bp"] == styles([])["bp"], "the baseline has the method's own hue"
+    assert drawn["a-long"].light != drawn["bp"].light
+    assert drawn["a-long"].dark != drawn["bp"].dark
 
 
 def test_a_shade_is_between_the_hue_and_the_end():

@@ -68,6 +68,21 @@ def test_mlflow_that_blocks_too_long_ends_the_benchmark_with_one(script, monkeyp
     check_end(benchmark, said, tmp_path / "out.json")
 
 
+@pytest.mark.parametrize(("ratio", "said"), [(1.02, None), (1.0201, "mlp is 1.0201, at most 1.02 is claimed")])
+def test_a_loop_that_is_too_slow_ends_the_benchmark_with_one(script, monkeypatch, tmp_path, ratio, said):
+    benchmark = script("loop_overhead")
+    monkeypatch.setattr(
+        benchmark,
+        "measure",
+        lambda model, *_: {"model": model, "step_ms": 1.0, "ratio": ratio, "low": 1.0, "high": 1.0},
+    )
+    check_end(benchmark, said, tmp_path / "out.json")
+
+
+def test_the_middle_of_an_even_number_is_between_two(script):
+    assert script("benchmark").median_interval([4.0, 1.0, 3.0, 2.0])[0] == 2.5
+
+
 def check_end(benchmark, said, out):
     if said is None:
         benchmark.main()

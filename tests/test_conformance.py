@@ -17,6 +17,7 @@ LEAVES = [
     DDG(modules=3, weights="mixed"),
     DDG(modules=2, weights="replay", drain="epoch"),
     DDG(modules=4, drain="end"),
+    DDG(modules=2, cosine_every=1),
 ]
 WRAPPERS = [
     LayerDropBack(),

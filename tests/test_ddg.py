@@ -1,6 +1,7 @@
 """DDG against backprop of the batch and weights of t-d: bit for bit, in flight, stopped, resumed and drained."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 
 from fastbp import DDG, Backprop, Chain, LayerDropBack, Residual, as_chain
 from fastbp.chain import Add, AddReLU, Replace, ShortcutAdd
+from fastbp.masks import dropped_mask
 from fastbp.nets import vit_tiny
 from reference import ddg as twin
 
@@ -446,8 +448,6 @@ def test_mask_belongs_to_the_batch_of_its_forward(mode):
         assert stem.requires_grad, "the flag was not restored"
     forwards = estimator.units[0].parameters[0] is stem
     assert forwards, "unit 0 is not the stem's weight"
-    from fastbp.methods.layerdropback import dropped_mask
-
     dropped = dropped_mask(0, 2, range(12), torch.tensor([0]), 0.5)[:, 0].tolist()
     assert seen == [False] + [not d for d in dropped[:-1]], f"gradients {seen}, dropped {dropped}"
 
@@ -521,3 +521,61 @@ def test_stability_oracle(kind, factor, stable):
         sizes.append(model[0].weight.abs().item())
     early, late = max(sizes[:100]), max(sizes[200:])
     assert (late < early) == stable, f"{kind}, {factor} of the bound: |w| from {early:.3g} to {late:.3g}"
+
+
+def momentum_step(optimizer, estimator, x, y, none):
+    optimizer.zero_grad(set_to_none=none)
+    estimator.backward(x, y)
+    optimizer.step()
+
+
+RESTING = [
+    LayerDropBack(unit="tensor", inner=DDG(modules=3)),
+    LayerDropBack(unit="block", inner=DDG(modules=3)),  # drops all of module 0 at once
+    DDG(modules=3, drain="epoch"),
+]
+
+
+@pytest.mark.parametrize("method", RESTING, ids=str)
+def test_gradients_cleared_to_zero_move_nothing_that_rests(method):
+    """What was dropped d steps ago, or has nothing to apply yet after a drain, has no gradient instead of a zero."""
+    models = {}
+    for none in (True, False):
+        models[none] = conv_net()
+        estimator, optimizer = bind(models[none], method), sgd(models[none].parameters())
+        for epoch in (2, 3):
+            estimator.start_epoch(epoch)
+            for x, y in batches(6):
+                momentum_step(optimizer, estimator, x, y, none)
+            drain(estimator, optimizer, final=False)
+    assert_models_equal(models[False], models[True], "cleared to zero")
+
+
+def test_the_gradient_of_another_batch_of_the_same_step_stays():
+    """Two micro-batches a step, one late: the first brings the gradient of the step before, with its mask."""
+    model, dropped = conv_net(), dropped_mask(0, 2, range(6), torch.tensor([0]), 0.5)[:, 0].tolist()
+    estimator = bind(model, LayerDropBack(unit="tensor", inner=DDG(modules=2)))
+    estimator.start_epoch(2)
+    seen, data = [], batches(12)
+    for step in range(6):
+        model.zero_grad(set_to_none=True)
+        for x, y in data[2 * step : 2 * step + 2]:
+            estimator.backward(x, y)
+        seen.append(model.stem.weight.grad is not None)
+    want = [not all(dropped[max(0, step - 1) : step + 1]) for step in range(6)]
+    assert seen == want, f"gradients {seen}, dropped {dropped}"
+    assert any(b and not a for a, b in pairwise(dropped)), "nothing is dropped right after it was kept"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_module_that_returns_two_tensors_is_named(mode):
+    class Twice(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    model = nn.Sequential(nn.Linear(3, 3), Twice(), nn.Linear(3, 3))
+    estimator = DDG(modules=2, cuts=(2,), weights=mode).bind(model, cross_entropy)
+    with pytest.raises(
+        TypeError, match=r"^DDG: module 0, which ends in Twice, returned a tuple, but only one tensor .*; cut elsewhere"
+    ):
+        estimator.backward(torch.randn(2, 3), torch.tensor([0, 1]))

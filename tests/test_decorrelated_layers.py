@@ -268,6 +268,29 @@ def test_fused_attention_projection_is_one_layer():
     torch.testing.assert_close(decorrelation_of(model[0].qkv).D, want, rtol=1e-12, atol=1e-13)
 
 
+def test_inputs_by_keyword_are_seen_and_forgotten_sizes_are_not_drawn():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(input=self.layer(input=x))
+
+    model = Net()
+    estimator = DecorrelatedBP(decor_lr=0.1).bind(model, cross_entropy)
+    for size in (5, 7, 9):
+        estimator.backward(torch.randn(size, 3), torch.zeros(size, dtype=torch.int64))
+    assert bool(decorrelation_of(model.layer).D.any())
+    assert estimator.totals == {9}, f"rows that are drawn for: {estimator.totals}"
+
+
+def test_max_features_bounds_the_matrices_not_the_input():
+    model = nn.Sequential(nn.Linear(40, 8), nn.Tanh(), nn.Linear(8, 2))
+    bound = DecorrelatedBP(structure="block", block_size=10, max_features=16).bind(model, cross_entropy)
+    assert list(bound.layers) == ["0", "2"]
+
+
 class _Reads(nn.Module):
     """Reads a layer's weight without calling the layer, as BEiT's attention does."""
 

@@ -38,6 +38,7 @@ def here(tmp_path, monkeypatch):
 
 def test_a_good_sweep_on_a_quiet_machine_is_all_ok(here, monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(doctor, "unwatched", lambda device: "")
     (here / "toy.yaml").write_text(TOY)
     result = CliRunner().invoke(app, ["doctor", "toy.yaml"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
@@ -81,6 +82,25 @@ def test_something_else_on_the_machine_is_a_warning(monkeypatch):
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 0.0, 0.0))
     finding = find(doctor.devices(), "CPU")
     assert (finding.state, "load 99.0" in finding.said) == ("warn", True), finding
+
+
+@pytest.mark.parametrize(("threads", "load", "state"), [(1, 3.0, "ok"), (1, 14.5, "warn"), (None, 0.6, "warn")])
+def test_a_load_that_leaves_a_run_its_cores_is_none(monkeypatch, threads, load, state):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    assert find(doctor.devices(threads), "CPU").state == state
+
+
+def test_a_gpu_that_nobody_can_watch_is_a_warning(monkeypatch):
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(doctor.torch.cuda, "mem_get_info", lambda _: (9 << 30, 10 << 30))
+    monkeypatch.setattr(doctor.torch.cuda, "get_device_name", lambda _: "A GPU")
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    findings = list(doctor.devices())
+    assert find(findings, "GPU 0").state == "ok"
+    watch = find(findings, "GPU 0 watch")
+    assert (watch.state, "fastbp[energy]" in watch.fix) == ("warn", True), watch
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainables import free_device
-from trainables.free_device import OtherPrograms, check_alone, wait_until_free
+from trainables.free_device import OtherPrograms, check_alone, spare_cores, unwatched, wait_until_free
 
 
 @pytest.fixture
@@ -54,6 +54,45 @@ def test_without_nvml_nothing_is_known_and_nothing_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     wait_until_free(torch.device("cuda"), seconds=0)
     wait_until_free(torch.device("cpu"), seconds=0)
+    assert unwatched(torch.device("cuda")) == "the GPU was not watched: nvidia-ml-py is not installed"
+    assert unwatched(torch.device("cpu")) == ""
+
+
+def test_a_driver_that_lists_no_processes_is_said(gpu, monkeypatch):
+    assert unwatched(torch.device("cuda")) == ""
+    monkeypatch.delattr(sys.modules["pynvml"], "nvmlDeviceGetComputeRunningProcesses")
+    assert unwatched(torch.device("cuda")) == "the GPU was not watched: its driver does not list its processes"
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "spare"), [(2, 1, 0.5), (2, 2, 0.5), (3, 1, 1.0), (4, 4, 0.5), (16, 1, 14.0), (16, 15, 0.5)]
+)
+def test_others_may_have_what_a_run_leaves(monkeypatch, cores, threads, spare):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    assert spare_cores(threads) == spare
+
+
+def test_a_browser_beside_a_run_of_one_thread_is_no_neighbour_where_cores_are_left(machine, monkeypatch):
+    stat, passes = machine
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    for threads, said in ((1, False), (2, True)):  # two cores to spare, one core to spare
+        others = OtherPrograms(stat, threads)
+        with others.watched():
+            passes(10.0, others=1.0, far=0.5, own=1.0)
+        assert bool(others.remark()) is said, others.remark()
+
+
+def test_the_seconds_of_a_runs_other_processes_are_its_own(machine):
+    stat, passes = machine
+    for each, said in ((15.0, ""), (None, ""), (0.0, "the processor is shared")):
+        own = iter([0.0, each])
+        others = OtherPrograms(stat, own=lambda own=own: next(own))
+        with others.watched():
+            passes(10.0, others=1.5)
+        if each is None:
+            assert others.seconds == 0, "an unknown share was counted"
+        else:
+            assert others.remark()[:23] == said, others.remark()
 
 
 @pytest.fixture

@@ -68,6 +68,7 @@ def head(tmp_path_factory):
     port, dashboard = free_port(), free_port()
     command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", f"--port={port}"]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--disable-usage-stats"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # its default is one port for all of a machine's Rays
     with (folder / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"

@@ -199,6 +199,10 @@ def test_a_shared_weight_is_never_cut():
         ({"cuts": (1, 2)}, "DDG.cuts = (1, 2): 2 modules need 1 cuts"),
         ({"devices": ("cpu",)}, "DDG.devices = ('cpu',): 2 modules need 2 devices, one each"),
         ({"max_memory_bytes": 0}, "DDG.max_memory_bytes = 0: must be a positive number"),
+        (
+            {"cuts": (1,), "max_memory_bytes": 10},
+            "DDG.max_memory_bytes = 10: chooses among cuts, and `cuts` are given; omit one",
+        ),
         ({"shrink": 0.0}, "DDG.shrink = 0.0: must be in (0, 1]"),
     ],
 )

@@ -1,10 +1,13 @@
 """One process per module against the simulator, bit for bit; what happens when a process fails."""
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +119,30 @@ def test_a_dead_stage_fails_the_run_and_leaves_no_process():
     assert got == ("failed", "a stage died", 1, 2), f"the record of what was trained: {got}"
     assert record.examples > 0
     assert record.ended_at
+
+
+def silent_workers():
+    """Two processes that never answer, as `LocalWorkers` holds them."""
+    workers = LocalWorkers.__new__(LocalWorkers)
+    context = multiprocessing.get_context("spawn")
+    pairs = [context.Pipe() for _ in range(2)]
+    workers._folder = tempfile.TemporaryDirectory()
+    workers._pipes = [ours for ours, _ in pairs]
+    workers._processes = [context.Process(target=time.sleep, args=(600,), daemon=True) for _ in pairs]
+    for process in workers._processes:
+        process.start()
+    return workers, [theirs for _, theirs in pairs]
+
+
+@pytest.mark.parametrize("answered", [0, 1])
+def test_a_stage_that_does_not_answer_ends_the_run_and_is_named(monkeypatch, answered):
+    monkeypatch.setattr("fastbp.stage_workers.ANSWER_SECONDS", 0.2)
+    workers, theirs = silent_workers()
+    for pipe in theirs[:answered]:
+        pipe.send((True, None))
+    with pytest.raises(StageError, match=rf"^stage {answered} did not answer within 0\.2 s; all stages were ended"):
+        workers.call("train_epoch")
+    assert not any(process.is_alive() for process in workers._processes)
 
 
 def test_a_stage_that_cannot_start_says_why():

@@ -9,8 +9,9 @@ import pytest
 from fastbp import DDG
 from fastbp.record import EpochRecord, RunRecord
 from fastbp.run import RunConfig
+from fastbp.stage_workers import StageError
 from faults import Victim, under_way
-from trainables.stage_actors import stage_resources
+from trainables.stage_actors import RayWorkers, stage_resources
 
 SWEEP = """\
 name: faults
@@ -79,3 +80,22 @@ def test_a_trial_asks_for_one_bundle_per_stage():
     assert alone.bundles == [{"CPU": 4.0, "GPU": 0.5}], f"in one process: {alone.bundles}"
     staged = stage_resources(RunConfig(method=DDG(modules=3, processes=True)), 6.0, 0.5)
     assert [b for b in staged.bundles if b] == [{"CPU": 2.0, "GPU": 1.0}] * 3, f"staged: {staged.bundles}"
+
+
+@pytest.mark.slow
+def test_an_actor_that_does_not_answer_ends_the_run_and_is_named(ray):
+    import ray as api
+    from ray.exceptions import RayActorError
+
+    class Silent:
+        def call(self, name, arguments):
+            time.sleep(600 * arguments[0])
+
+    workers = RayWorkers.__new__(RayWorkers)
+    workers._actors = [api.remote(Silent).options(num_cpus=0).remote() for _ in range(2)]
+    workers.call("wait", [0, 0])
+    calls = [actor.call.remote("wait", [rank]) for rank, actor in enumerate(workers._actors)]
+    with pytest.raises(StageError, match=r"^stage 1 did not answer within 2 s; all stages were ended, start again"):
+        workers._wait(calls, 2.0)
+    with pytest.raises(RayActorError):
+        api.get(workers._actors[1].call.remote("wait", [0]), timeout=30)

@@ -156,7 +156,21 @@ def test_a_diverged_run_is_not_counted_as_failed():
     runs = [RunRecord(run_key=s, phase="measure", status=s) for s in ("finished", "failed", "diverged", "stopped")]
     runs.append(RunRecord(run_key="again", phase="measure", status="diverged"))
     counts = {m.key: m.value for m in view.cell_metrics(runs) if m.key.startswith("runs/")}
-    assert counts == {"runs/finished": 1, "runs/failed": 1, "runs/diverged": 2, "runs/stopped": 1}
+    one = dict.fromkeys(("runs/finished", "runs/failed", "runs/stopped"), 1)
+    assert counts == one | {"runs/diverged": 2, "runs/measured": 0}
+
+
+def test_a_measured_cell_means_the_runs_that_were_alone():
+    def run(accuracy, **how):
+        told = {"test_accuracy": accuracy, "val_accuracy": accuracy, "train_seconds": 10 * accuracy}
+        return RunRecord(run_key=str(how), phase="measure", status="finished", **told, **how)
+
+    runs = [run(0.5, exclusive=True), run(0.9), run(0.2, exclusive=True, resumed=True)]
+    metrics = view.cell_metrics(runs)
+    found = {m.key: m.value for m in metrics}
+    means = {"final/test_accuracy": 0.5, "final/val_accuracy": 0.5, "train_seconds": 5.0}
+    assert found.items() >= (means | {"runs/finished": 3, "runs/measured": 1}).items(), found
+    assert view.cell_note(metrics) == "test accuracy 50.00 %, training 5.00 s, n = 1"
 
 
 def test_a_run_never_ends_before_its_start_in_mlflow():

@@ -14,6 +14,7 @@ from rich.console import Console
 from fastbp import LayerDropBack
 from fastbp.nets import make_model
 from sweep_files import TOY, ended, plan_of
+from sweeps import output_folder
 from sweeps.drive import run_sweep
 from sweeps.experiments import Experiments
 from sweeps.ledger import Ledger, config_of
@@ -133,6 +134,18 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     out = tmp_path / "file" / "out"
     with pytest.raises(SweepError, match=r"cannot be written .* give another folder with --out"), locked(out):
+        pass
+
+
+def test_a_folder_without_locks_is_not_taken_for_a_running_sweep(tmp_path, monkeypatch):
+    with locked(tmp_path) as first, locked(tmp_path) as second:
+        assert (first, second) == (True, False)
+
+    def nothing(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(output_folder.fcntl, "flock", nothing)
+    with pytest.raises(SweepError, match=r"cannot lock files \(Function not .* --out"), locked(tmp_path):
         pass
 
 

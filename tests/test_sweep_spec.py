@@ -199,3 +199,33 @@ def test_packaged_sweeps_are_valid(file, smoke, tmp_path, monkeypatch):
     assert plan.sweep.name == file.stem + "-smoke" * smoke, f"{file.name} is called {plan.sweep.name}"
     if smoke:
         assert all(arm.recipe.epochs == 1 for arm in plan.arms), "a smoke run is one epoch"
+
+
+SHORT = """\
+name: toy
+task: {data: digits, model: mlp, model_args: {depth: 2, width: 8}, data_args: {limit: 128}}
+recipe: {epochs: 30, batch_size: 64}
+arms:
+  bp: {method: bp}
+  bp-long: {method: bp, recipe: {epochs: 60}}
+  ldb: {method: ldb, recipe: {warmup_epochs: 2, lr: 0.2}}
+"""
+DOSES = "ablate: {arm: ldb, design: dose_response, seeds: [3], factors: {recipe.epochs: [2, 5], %s}}\n"
+
+
+@pytest.mark.parametrize(
+    ("part", "cells", "seeds"),
+    [
+        ("measure: {seeds: [0, 1]}\n", [], [0]),
+        (DOSES % "recipe.lr: [0.1], recipe.warmup_epochs: [1]", [["recipe.lr"]], None),
+        (DOSES % "recipe.warmup_epochs: [1]", [], [0]),  # nothing is left: the arms are measured once
+    ],
+)
+def test_a_smoke_run_has_one_epoch_whatever_arms_and_ablations_say(tmp_path, part, cells, seeds):
+    (tmp_path / "toy.yaml").write_text(SHORT + part)
+    plan = load_plan(str(tmp_path / "toy.yaml"), smoke=True)
+    short = {arm.name: (arm.recipe.epochs, arm.recipe.warmup_epochs) for arm in plan.arms}
+    assert short == dict.fromkeys(("bp", "bp-long", "ldb"), (1, 0)), short
+    assert plan.arms[2].recipe.lr == 0.2, "the arm lost the rest of its recipe"
+    assert [list(part.factors or ()) for part in plan.sweep.ablate] == cells
+    assert (plan.sweep.measure.seeds if plan.sweep.measure else None) == seeds

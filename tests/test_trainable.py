@@ -1,5 +1,6 @@
 """MethodTrainable: Tune's own save-and-restore check, exact resuming, and whose seconds are whose."""
 
+import contextlib
 import dataclasses
 import os
 import pickle
@@ -18,6 +19,7 @@ from fastbp.record import EpochRecord, RunRecord
 from fastbp.run import Recipe, RunConfig, Task
 from sweeps.cluster import ray_session
 from trainables.method_trainable import MethodTrainable
+from trainables.stage_actors import RayWorkers
 
 TASK = Task(model="mlp", model_args={"depth": 4, "width": 8}, data_args={"limit": 128})
 
@@ -79,6 +81,64 @@ def test_a_measured_run_beside_busy_programs_was_not_alone(trainable, monkeypatc
     assert (nan["status"], nan["exclusive"]) == ("diverged", False)
     assert nan["reason"].startswith("training loss"), "the reason is why it diverged"
     assert trainable(config_of(epochs=1)).step()["end"]["reason"] == "", "a search trial has neighbours by design"
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the machine does not count processor time")
+def test_the_work_of_a_runs_stages_is_no_neighbours(trainable, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with ray_session():
+        one = trainable(config_of(DDG(modules=2, processes=True), epochs=1, exclusive=True))
+        end = one.step()["end"]
+        assert one._others is not None
+        assert one._others.seconds > 0, "nobody watched"
+        used = one._process_seconds()
+        assert used is not None
+        assert used > time.process_time() + 0.2, "the stages, which have loaded torch, used nothing"
+        assert (end["exclusive"], end["reason"]) == (True, ""), end
+        one.run.close()
+        assert one._process_seconds() is None, "of stages that are gone"
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the machine does not count processor time")
+@pytest.mark.parametrize(
+    ("device", "used", "reason"),
+    [
+        ("cpu", 5.0, ""),
+        ("cpu", None, "the processor was not watched: the run has several processes"),
+        ("cuda", 5.0, "the GPUs were not watched: the run has several processes"),
+    ],
+)
+def test_a_run_of_stages_says_where_nobody_watched(trainable, monkeypatch, device, used, reason):
+    class Stages(RayWorkers):
+        def __init__(self, *_):
+            pass
+
+        def process_seconds(self):
+            return used
+
+        def close(self, **_):
+            pass
+
+    monkeypatch.setattr("trainables.method_trainable.RayWorkers", Stages)
+    monkeypatch.setattr("trainables.method_trainable.get_current_placement_group", lambda: None)
+    one = trainable(config_of(DDG(modules=2, processes=True), exclusive=True, device=device))
+    monkeypatch.setattr(one.run, "end", lambda: RunRecord(exclusive=True))
+    with one._others.watched() if one._others else contextlib.nullcontext():
+        time.sleep(0.01)
+    end = one._end()
+    assert (end["exclusive"], end["reason"]) == (True, reason)
+
+
+def test_a_gpu_that_nobody_watched_is_the_reason_of_a_run(trainable, monkeypatch):
+    monkeypatch.setattr("trainables.method_trainable.unwatched", lambda device: "the GPU was not watched: why")
+    one = trainable(config_of(epochs=1, exclusive=True)).step()["end"]
+    assert one["exclusive"] is True
+    assert one["reason"] == "", "the processor was watched"
+    monkeypatch.setattr("trainables.method_trainable.OtherPrograms", lambda **_: None)
+    one = trainable(config_of(epochs=1, exclusive=True)).step()["end"]
+    assert (one["exclusive"], one["reason"]) == (True, "the GPU was not watched: why")
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the machine does not count processor time")

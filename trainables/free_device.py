@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-BUSY_CORES = 0.5  # that other programs keep busy, from which the seconds of a CPU measurement are worth nothing
+BUSY_CORES = 0.5  # that other programs keep busy, from which a CPU measurement that needs all cores is worth nothing
 SAMPLE_SECONDS = 0.2  # the shortest time that says how busy they are
 _IDLE, _IOWAIT = 3, 4  # columns of the counters in which nobody worked
 WAIT_SECONDS = 30.0  # for the process of the run before to give its memory back
@@ -24,7 +24,7 @@ def wait_until_free(device: torch.device, seconds: float = WAIT_SECONDS) -> None
     Raises:
         RuntimeError: other processes still hold the device.
     """
-    processes = _compute_processes(device)
+    processes, _ = _compute_processes(device)
     deadline = time.monotonic() + seconds
     while (found := [pid for pid in processes() if pid != os.getpid()]) and time.monotonic() < deadline:
         time.sleep(0.5)
@@ -41,7 +41,8 @@ def check_alone(device: torch.device) -> None:
     Raises:
         RuntimeError: another process has come.
     """
-    found = _compute_processes(device)()
+    processes, _ = _compute_processes(device)
+    found = processes()
     if len(found) > 1:
         raise RuntimeError(
             f"{device} came into use by {len(found) - 1} other process(es) during a measured run, ids with its own "
@@ -49,34 +50,54 @@ def check_alone(device: torch.device) -> None:
         )
 
 
-def _compute_processes(device: torch.device) -> Callable[[], list[int]]:
-    """A function that lists the ids of the device's compute processes, this one's too."""
+def unwatched(device: torch.device) -> str:
+    """Why nobody can say who else uses a GPU; empty where that is known, and for other devices."""
+    return _compute_processes(device)[1]
+
+
+def spare_cores(threads: int) -> float:
+    """Cores that other programs may keep busy before a run of so many threads on the processor suffers.
+
+    All cores that this process may use but the run's own and one more; half a core where none are left.
+    """
+    return max(BUSY_CORES, len(_cores()) - threads - 1.0)
+
+
+def _compute_processes(device: torch.device) -> tuple[Callable[[], list[int]], str]:
+    """A function that lists the ids of the device's compute processes, this one's too; why it knows none."""
     if device.type != "cuda":
-        return lambda: []
+        return lambda: [], ""
     try:
         import pynvml
 
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except Exception:  # no library, no driver, or a slice of a device: unknown
-        return lambda: []
-    return lambda: [p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+    except ImportError:
+        return lambda: [], "the GPU was not watched: nvidia-ml-py is not installed"
+    except Exception:  # no driver, or a slice of a device
+        return lambda: [], "the GPU was not watched: its driver does not list its processes"
+    return lambda: [p.pid for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)], ""
 
 
 class OtherPrograms:
-    """How much of the processor other programs took while this process worked, over everything that was watched.
+    """How much of the processor other programs took while a run worked, over everything that was watched.
 
     Args:
         stat: Linux's counters of processor time; nothing is known, and nothing remarked, where there are none.
+        threads: of the run, which says how many cores others may have: `spare_cores`.
+        own: processor seconds of the run so far, None where they are not known; default: of this process.
 
     Attributes:
         seconds: watched so far.
         busy_seconds: of processor time that others spent meanwhile, on the cores that this process may use.
     """
 
-    def __init__(self, stat: Path = Path("/proc/stat")) -> None:
-        self.stat, self.seconds, self.busy_seconds = stat, 0.0, 0.0
+    def __init__(
+        self, stat: Path = Path("/proc/stat"), threads: int = 1, own: Callable[[], float | None] | None = None
+    ) -> None:
+        self.stat, self.threads, self.own = stat, threads, own or (lambda: time.process_time())
+        self.seconds, self.busy_seconds = 0.0, 0.0
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -102,12 +123,12 @@ class OtherPrograms:
             with self.watched():
                 time.sleep(SAMPLE_SECONDS - self.seconds)
         cores = self.busy_seconds / self.seconds if self.seconds else 0.0
-        if cores < BUSY_CORES:
+        if cores < spare_cores(self.threads):
             return ""
         return f"the processor is shared: other programs kept {cores:.1f} of {len(_cores())} cores busy meanwhile"
 
     def _reading(self) -> tuple[float, float, float] | None:
-        """Wall seconds, processor seconds of everybody, and of this process; None where they are not known."""
+        """Wall seconds, processor seconds of everybody, and of the run; None where they are not known."""
         try:
             lines = [line.split() for line in self.stat.read_text().splitlines()]
             counts = {name: [int(f) for f in fields[:8]] for name, *fields in lines if name.startswith("cpu")}
@@ -115,7 +136,8 @@ class OtherPrograms:
             ticks = sum(sum(core) - core[_IDLE] - core[_IOWAIT] for core in ours)
         except (OSError, ValueError, KeyError, IndexError):
             return None
-        return time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time()
+        wall, own = time.monotonic(), self.own()
+        return None if own is None else (wall, ticks / os.sysconf("SC_CLK_TCK"), own)
 
 
 def _cores() -> set[int]:

@@ -20,10 +20,11 @@ from ray.util import get_current_placement_group
 from fastbp.record import RunRecord
 from fastbp.run import Run, RunConfig
 from fastbp.staged import StagedRun, stages
-from trainables.free_device import OtherPrograms, check_alone, wait_until_free
+from trainables.free_device import OtherPrograms, check_alone, unwatched, wait_until_free
 from trainables.stage_actors import RayWorkers
 
 STATE_FILE = "run.pt"
+NOT_WATCHED = "not watched: the run has several processes"
 
 
 class MethodTrainable(tune.Trainable):
@@ -44,16 +45,39 @@ class MethodTrainable(tune.Trainable):
         if config.get("git_commit"):  # of the driver: workers may run from a copy without history
             os.environ["FASTBP_GIT_COMMIT"] = config["git_commit"]
             os.environ["FASTBP_GIT_DIRTY"] = str(int(config["git_dirty"]))
-        self._alone_on, self._others = None, None
-        if config.get("exclusive") and stages(RunConfig.from_dict(config["run"]).method) == 1:
-            self._alone_on = device = torch.device(device_for(config.get("device") or "cpu"))
-            wait_until_free(device)
-            self._others = OtherPrograms() if device.type == "cpu" else None
+        self._alone_on, self._others, self._unwatched = None, None, ""
+        if config.get("exclusive"):
+            self._look_after(config)
         self.run = self._new_run(config)
         self._node = node_name(cluster=bool(config.get("cluster")))
         self._first = True
         self._returned: float | None = None  # when the last step ended; checkpoints push it on
         self._remark = self._continue_from(config)
+
+    def _look_after(self, config: dict[str, Any]) -> None:
+        """Wait until the device of a measured run is free, and see how it can be watched from here.
+
+        The GPUs of stages belong to other processes, and nobody watches them.
+        """
+        wanted = config.get("device") or "cpu"
+        staged = stages(RunConfig.from_dict(config["run"]).method) > 1
+        device = torch.device(wanted if staged else device_for(wanted))
+        if device.type == "cpu":
+            threads = config.get("threads") or torch.get_num_threads()
+            self._others = OtherPrograms(threads=threads, own=self._process_seconds)
+        if staged:
+            self._unwatched = f"the {'processor was' if self._others else 'GPUs were'} {NOT_WATCHED}"
+        else:
+            self._alone_on, self._unwatched = device, unwatched(device)
+            wait_until_free(device)
+
+    def _process_seconds(self) -> float | None:
+        """Processor seconds of the run so far; None where those of its stages are not known."""
+        if not isinstance(self.run, StagedRun):
+            return time.process_time()
+        assert isinstance(self.run.workers, RayWorkers)
+        of_stages = self.run.workers.process_seconds()
+        return None if of_stages is None else of_stages + time.process_time()
 
     @staticmethod
     def _new_run(config: dict[str, Any]) -> Run | StagedRun:
@@ -144,11 +168,17 @@ class MethodTrainable(tune.Trainable):
             run.close()
 
     def _end(self) -> dict[str, Any]:
-        """The run's last record; beside busy programs it was not alone on its device, and has that as its reason."""
+        """The run's last record; beside busy programs it was not alone on its device, and has that as its reason.
+
+        Where nobody could watch the device, that is the reason, and the run is taken at its word.
+        """
         end = self._as_dict(self.run.end())
-        if self._others and (remark := self._others.remark()):
-            end |= {"exclusive": False, "reason": end["reason"] or remark}
-        return end
+        remark = self._others.remark() if self._others else ""
+        if remark:
+            end["exclusive"] = False
+        elif not (self._others and self._others.seconds):
+            remark = self._unwatched
+        return end | {"reason": end["reason"] or remark}
 
     def _as_dict(self, record: RunRecord) -> dict[str, Any]:
         out = dataclasses.asdict(record)

@@ -12,21 +12,23 @@ import os
 import re
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.tune import PlacementGroupFactory
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fastbp.run import RunConfig
-from fastbp.stage_workers import TIMEOUT_SECONDS, StageError, StageWorker
+from fastbp.stage_workers import ANSWER_SECONDS, TIMEOUT_SECONDS, StageError, StageWorker
 from fastbp.staged import stages
 
 START_SECONDS = 300.0  # how long actors may take to come up
+USED_SECONDS = 30.0  # how long idle ones may take to say what they used
 
 
 def stage_resources(
@@ -69,6 +71,10 @@ class StageActor:
         sys.path += [item for item in sys_path if item not in sys.path]
         os.environ.update(environment)
         self._worker = StageWorker(*args)
+
+    def used(self) -> tuple[str, float]:
+        """The node's id, and this process's processor seconds so far."""
+        return ray.get_runtime_context().get_node_id(), time.process_time()
 
     def call(self, name: str, arguments: list[Any]) -> Any:
         return getattr(self._worker, name)(*arguments)
@@ -128,15 +134,28 @@ class RayWorkers:
 
     def call(self, name: str, *args: Sequence[Any]) -> list[Any]:
         return self._wait(
-            [actor.call.remote(name, [arg[rank] for arg in args]) for rank, actor in enumerate(self._actors)]
+            [actor.call.remote(name, [arg[rank] for arg in args]) for rank, actor in enumerate(self._actors)],
+            TIMEOUT_SECONDS if name == "close" else ANSWER_SECONDS,
         )
 
-    def _wait(self, calls: list[Any]) -> list[Any]:
+    def process_seconds(self) -> float | None:
+        """Processor seconds of all stages so far; None where one is gone or on another node than this process."""
+        try:
+            used = ray.get([actor.used.remote() for actor in self._actors], timeout=USED_SECONDS)
+        except RayError:
+            return None
+        here = ray.get_runtime_context().get_node_id()
+        return sum(seconds for _, seconds in used) if all(node == here for node, _ in used) else None
+
+    def _wait(self, calls: list[Any], seconds: float = ANSWER_SECONDS) -> list[Any]:
         """All answers; the first failure ends all stages, for the others wait for a neighbour that is gone."""
         left = {call: rank for rank, call in enumerate(calls)}
         answers: dict[int, Any] = {}
         while left:
-            for ready in ray.wait(list(left), num_returns=1)[0]:
+            answered = ray.wait(list(left), num_returns=1, timeout=seconds)[0]
+            if not answered:
+                self._fail(f"stage {min(left.values())} did not answer within {seconds:g} s")
+            for ready in answered:
                 rank = left.pop(ready)
                 try:
                     answers[rank] = ray.get(ready)

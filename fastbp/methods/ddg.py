@@ -6,14 +6,15 @@ Exact when  modules = 1.
 Needs       Chain, nn.Sequential, or a model that `as_chain` can see into; no weight shared across a cut. Leaf.
 Cost        On one device: backprop's time; a module that is d steps late holds d+1 batches' activations (and weights,
             `stash`). Side by side, on `devices` or in `processes`: the slowest module's forward and backward per batch,
-            so `split` by measured time is the default there (modules that sleep: 1.04 to 1.06 times that, K = 2, 3, 4;
-            memory: 1.00 times the formula, `replay` 0.90 to 0.98; benchmarks/ddg_speed.py).
+            so `split` by measured time is the default there (modules that sleep: 1.03 to 1.04 times that, K = 2, 3, 4;
+            memory: 1.00 times the formula, `replay` 0.90 to 0.98; K = 2 on two CPU processes: 1.86 times the throughput
+            of backprop on one thread, 1.05, quartiles 0.99 to 1.13, of both threads; benchmarks/ddg_speed.py).
 Departs     `stash` (default) differentiates at the weights of the batch, as the paper's formula says; the authors' code
             used the current ones in part (`mixed`). `replay` recomputes the forward (features replay). Dropout is
             seeded by (module, step). A module that has nothing to apply yet takes no step at all. A module asks for its
             error signal when it needs it, not when it is made: same numbers, and forward passes overlap too.
 Not for     Speed on one device; momentum 0.9 at backprop's learning rate: the delay shrinks the stable step (over the
-            curvature, K = 1, 2, 3, 4: 1.36, 0.25, 0.08, 0.05 with Nesterov momentum 0.9; 2, 1, 0.62, 0.44 without
+            curvature, K = 1, 2, 3, 4: 1.36, 0.25, 0.08, 0.05 with Nesterov momentum 0.9; 2, 1, 0.62, 0.45 without
             momentum), so refit the learning rate per K;
             `mixed` under autocast, where the saved casts turn it into `stash`.
 Reference   Huo, Gu, Yang, Huang (ICML 2018), arXiv:1804.10574.
@@ -33,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from fastbp.delayed import DelayedModule, InFlight
+from fastbp.delayed import DelayedModule, InFlight, measurement
 from fastbp.knobs import Choice, IntRange, Uniform, nearest, require
 from fastbp.links import Carried, Carrier
 from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method, nest, parts
@@ -99,6 +100,9 @@ class DDG(Method):
         cap = self.max_memory_bytes
         require(
             self, "max_memory_bytes", cap is None or (isinstance(cap, int) and cap > 0), "must be a positive number"
+        )
+        require(
+            self, "max_memory_bytes", cap is None or not self.cuts, "chooses among cuts, and `cuts` are given; omit one"
         )
         if self.devices is not None:
             fit = len(self.devices) == self.modules or self.modules == 1
@@ -353,7 +357,7 @@ class _DDG(DelayedEstimator):
         self.carrier = Carrier()
         self.inbox: list[Carried | None] = [None] * method.modules  # error signals made in the previous step
         self.labels: dict[int, tuple[Tensor, Tensor]] = {}  # batches in flight, for the true gradient
-        self.cosines: dict[int, Tensor] = {}
+        self.cosines: dict[int, Tensor] = {}  # the last one measured, by module
         self.cut()
 
     def cut(self) -> None:
@@ -394,33 +398,39 @@ class _DDG(DelayedEstimator):
         for module in self.modules if late else reversed(self.modules):
             entry = module.due(self.step)
             if entry is None:
+                module.rest()
                 continue
             signal = (self.inbox if late else outbox)[module.k]
             module.keep = bool(module.delay and every and self.step % every == 0)
             delta = module.backward(entry, None if signal is None else signal.arrive())
             if module.keep:
-                self.cosines[module.k] = self._cosine(module, entry)
+                self._measure_cosine(module, entry)
             if module.k > 0 and delta is not None:
                 outbox[module.k - 1] = self.carrier.carry(delta, self.modules[module.k - 1].device)
         self.inbox = outbox if late else [None] * len(self.modules)
         self.labels.pop(self.step - self.latency, None)
         self.step += 1
 
-    def _cosine(self, module: DelayedModule, entry: InFlight) -> Tensor:
-        """Between the gradient a late module has just got and that of the same batch at today's weights."""
-        x, y = self.labels[entry.step]
-        h, leaves = x, {}
-        for m in self.modules:
-            with torch.set_grad_enabled(m.k >= module.k):
-                h, used = m.replica(entry.step, self.carrier.carry(h, m.device).arrive())
-            leaves = used if m is module else leaves
-        loss = self.loss_fn(h, self.carrier.carry(y, self.modules[-1].device).arrive())
+    def _measure_cosine(self, module: DelayedModule, entry: InFlight) -> None:
+        """Between the gradient a late module has just got, if any, and that of the same batch at today's weights."""
         kept = {name: grad for name, grad in module.kept.items() if grad is not None}
+        module.kept = {}
+        if not kept or entry.step not in self.labels:  # all frozen or dropped; a state without labels
+            return
+        h, y = self.labels[entry.step]
+        leaves: dict[str, Tensor] = {}
+        with measurement():
+            for m in self.modules:
+                wants_grad = entry.wants_grad if m is module else {}
+                with torch.set_grad_enabled(m.k >= module.k):
+                    h, used = m.replica(entry.step, self.carrier.carry(h, m.device).arrive(), wants_grad)
+                leaves = used if m is module else leaves
+        loss = self.loss_fn(h, self.carrier.carry(y, self.modules[-1].device).arrive())
         true = torch.autograd.grad(loss, [leaves[name] for name in kept], allow_unused=True)
         pairs = [(g.flatten(), t.flatten()) for g, t in zip(kept.values(), true, strict=True) if t is not None]
-        module.kept = {}
-        stale, now = (torch.cat(side) for side in zip(*pairs, strict=True))
-        return cosine_similarity(stale, now, dim=0)
+        if pairs:
+            stale, now = (torch.cat(side) for side in zip(*pairs, strict=True))
+            self.cosines[module.k] = cosine_similarity(stale, now, dim=0)
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:
@@ -441,6 +451,16 @@ class _DDG(DelayedEstimator):
         flight = float(len(self.modules[0].queue)) if self.modules else 0.0
         cosines = {f"ddg/cosine_{k}": value.item() for k, value in sorted(self.cosines.items())}
         return {"ddg/batches_in_flight": flight} | cosines
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.method.cosine_every:
+            state |= {"labels": dict(self.labels), "cosines": dict(self.cosines)}
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.labels, self.cosines = dict(state.get("labels", {})), dict(state.get("cosines", {}))
 
     def inbox_state(self) -> list[Tensor | None]:
         return [None if signal is None else signal.arrive() for signal in self.inbox]

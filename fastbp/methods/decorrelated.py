@@ -36,15 +36,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
+from fastbp.delayed import measuring
 from fastbp.knobs import Choice, LogUniform, require
 from fastbp.layer_inputs import Layer, channel_rows, groups_of, input_rows, readable_layers
 from fastbp.method import GradientEstimator, LossFn, Method, WrappingEstimator, parts
 from fastbp.methods.backprop import Backprop
 from fastbp.methods.ddg import DDG
+from fastbp.units import wrappings
 from fastbp.whitening import (
     RULES,
     STRUCTURES,
     Decorrelation,
+    Layout,
     Rule,
     bracket,
     directions,
@@ -74,7 +77,7 @@ class DecorrelatedBP(Method):
         structure: `full`, one dense matrix per layer (per group of a grouped convolution); `block`, square blocks of
             whole channels; `channel`, one matrix over the channels that all kernel positions share.
         block_size: the widest block, in features; for structure `block`.
-        max_features: layers with a wider input stay plain.
+        max_features: layers whose matrices would be wider stay plain.
         layers: which layers get a matrix: `all`, `conv`, `linear`, or a regular expression searched for in their path.
         rule: `standard` (the paper's) or `normalized` (the authors' code: the off-diagonal part over F - 1, the
             variance part doubled).
@@ -129,13 +132,22 @@ class DecorrelatedBP(Method):
                 "DecorrelatedBP(preserve_function=True) on DDG: it would move weights that batches in flight still "
                 "need; use preserve_function=False"
             )
-        if isinstance(model, DistributedDataParallel) and (self.gain or self.preserve_function):
+        if _data_parallel(model) and (self.gain or self.preserve_function):
             raise TypeError(
                 "DecorrelatedBP on DistributedDataParallel: gain and preserve_function are of one rank's sample and "
                 "would part the ranks; use gain=False and preserve_function=False"
             )
-        layers = readable_layers(model, choose=self.layers, max_features=self.max_features, who="DecorrelatedBP")
+        layers = readable_layers(
+            model,
+            choose=self.layers,
+            max_features=self.max_features,
+            width=lambda layer: self._layout(layer).width,
+            who="DecorrelatedBP",
+        )
         return _DecorrelatedBP(self, self.inner.bind(model, loss_fn), layers)
+
+    def _layout(self, layer: Layer) -> Layout:
+        return layout(layer.weight, groups_of(layer), self.structure, self.block_size)
 
     def exact(self, model: nn.Module) -> Method | None:
         """The same machinery with matrices that stay the identity."""
@@ -174,7 +186,7 @@ class _DecorrelatedBP(WrappingEstimator):
         self.kept: dict[str, list[Tensor]] = {}
         self.chosen: dict[int, Tensor] = {}  # this step's sample, by number of rows
         self._choose: Callable[[int], Tensor] = torch.compiler.disable(self._draw)  # type: ignore[assignment]
-        self.totals: set[int] = set()  # numbers of rows met so far
+        self.totals: set[int] = set()  # numbers of rows met in the last sampled step
         self.generator = torch.Generator(device=next(inner.model.parameters()).device)
         self.seed = torch.initial_seed() % 2**63
         self.top: dict[str, Tensor] = {}  # of each layer's first sample; read off the clock
@@ -183,18 +195,22 @@ class _DecorrelatedBP(WrappingEstimator):
         self.sampling = False
         self.hooks = []
         for path, layer in layers.items():
-            matrices = layout(layer.weight, groups_of(layer), method.structure, method.block_size)
+            matrices = method._layout(layer)
             with _parameters_untouched():
                 parametrize.register_parametrization(
                     layer, "weight", Decorrelation(matrices, layer.weight), unsafe=True
                 )
-            self.hooks.append(layer.register_forward_pre_hook(self._keep(path)))
+            self.hooks.append(layer.register_forward_pre_hook(self._keep(path), with_kwargs=True))
+        self.ranks_of = _data_parallel(inner.model)
+        if self.ranks_of is not None:  # every rank has all of D: broadcasting it with each forward would be in vain
+            names = {id(buffer): name for name, buffer in self.ranks_of.module.named_buffers()}
+            self.ranks_of.parameters_to_ignore |= {names[id(decorrelation_of(layer).D)] for layer in layers.values()}
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
         self.sampling = (self.step + 1) % self.method.interval == 0
         if self.sampling:
-            for total in self.totals:
-                self.chosen[total] = self._choose(total)
+            self.chosen = {total: self._choose(total) for total in self.totals}
+            self.totals.clear()
         try:
             loss = super().backward(x, y)
             if self.kept:
@@ -237,10 +253,10 @@ class _DecorrelatedBP(WrappingEstimator):
 
     def _average(self, moves: list[Tensor]) -> None:
         """The mean over the ranks of a DistributedDataParallel model: M R is linear in the second moment."""
-        if isinstance(self.model, DistributedDataParallel):
+        if self.ranks_of is not None:
             for move in moves:
-                dist.all_reduce(move, group=self.model.process_group)
-                move /= dist.get_world_size(self.model.process_group)
+                dist.all_reduce(move, group=self.ranks_of.process_group)
+                move /= dist.get_world_size(self.ranks_of.process_group)
 
     def _absorb(self, layer: Layer, matrix: Decorrelation, rows: Tensor, grown: Tensor | None, finite: Tensor) -> None:
         """W <- W (I - decor_lr M)^-1 / g, so that W R stays as it is when R becomes g (I - decor_lr M) R."""
@@ -254,9 +270,11 @@ class _DecorrelatedBP(WrappingEstimator):
         W.data.copy_(torch.where(finite, kept, W))
 
     def _keep(self, path: str):
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if self.sampling and layer.training and torch.is_grad_enabled():
-                self.kept.setdefault(path, []).append(self._sample(layer, args[0].detach()))
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            if self.sampling and layer.training and torch.is_grad_enabled() and not measuring():
+                self.kept.setdefault(path, []).append(
+                    self._sample(layer, (args[0] if args else kwargs["input"]).detach())
+                )
 
         return hook
 
@@ -266,20 +284,20 @@ class _DecorrelatedBP(WrappingEstimator):
         elif x.dim() == 3:
             return x
         total = len(x)
+        self.totals.add(total)
         if total not in self.chosen:
             self.chosen[total] = self._choose(total)
-        return x[self.chosen[total]]
+        return x[self.chosen[total].to(x.device)]
 
     def _draw(self, total: int) -> Tensor:
         """Which rows of so many this step learns from: a pure function of the seed, the step and the number."""
-        self.totals.add(total)
         count = max(1, int(total * self.method.sample_fraction))
         self.generator.manual_seed((self.seed + 1_000_003 * self.step + total) % 2**63)
         return torch.randperm(total, generator=self.generator, device=self.generator.device)[:count]
 
     def metrics(self) -> dict[str, float]:
         """Root mean square of the entries of D, mean and largest over layers; decor_lr times the top eigenvalue."""
-        rms = torch.stack([decorrelation_of(layer).D.square().mean().sqrt() for layer in self.layers.values()])
+        rms = torch.stack([decorrelation_of(layer).D.square().mean().sqrt().cpu() for layer in self.layers.values()])
         out = {**super().metrics(), "dbp/rms_D_mean": rms.mean().item(), "dbp/rms_D_max": rms.max().item()}
         if not self.top:
             return out
@@ -344,6 +362,11 @@ class _DecorrelatedBP(WrappingEstimator):
 def decorrelation_of(layer: nn.Module) -> Decorrelation:
     """The matrix of a bound layer."""
     return next(part for part in layer.parametrizations.weight if isinstance(part, Decorrelation))  # type: ignore[union-attr]
+
+
+def _data_parallel(model: nn.Module) -> DistributedDataParallel | None:
+    """The DistributedDataParallel around or inside what torch.compile wrapped; None where there is none."""
+    return next((wrapper for wrapper in wrappings(model) if isinstance(wrapper, DistributedDataParallel)), None)
 
 
 @contextmanager

@@ -56,7 +56,8 @@ class LayerDropBack(Method):
         drop_rate: probability p in [0, 1) that a unit gets no gradient in a step; 0.5 in the authors' code.
         every_epochs: period; epochs 2, 4, ... at 2, never epoch 0 (authors' code).
         unit: what one coin is tossed for: `tensor` (authors' code), `layer` (a module that owns parameters),
-            `block` (timm's parameter groups, or a child of a repeated container), `prefix` (one cut per step).
+            `block` (timm's parameter groups, or a child of a repeated container), `prefix` (one cut per step,
+            which drops half of the units at most: a drop_rate above 0.5 is one of 0.5).
         lr_policy: learning-rate factor in dropping epochs: `inverse` 1/(1-p), `double` 2, `none` 1.
         batch_scale: batch-size factor in dropping epochs; 2 in the authors' fine-tuning code, 1 in the other.
         pool: M > 0: steps choose from M fixed masks, each unit dropped by exactly p M of them; 0: a coin per unit.
