@@ -82,7 +82,9 @@ def table_of(before, after):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "methods", "shared"), [(5, 4, True), (3, 4, True), (5, 4, False)])
+@pytest.mark.parametrize(
+    ("n", "methods", "shared"), [(5, 4, True), pytest.param(3, 4, True, marks=pytest.mark.long), (5, 4, False)]
+)
 def test_two_equal_sweeps_differ_in_at_most_7_percent(n, methods, shared):
     random, declared, single = np.random.default_rng(n), 0, []
     for _ in range(400):

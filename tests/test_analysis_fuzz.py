@@ -37,7 +37,7 @@ def odd_sweep(case):
     return [*lines, run_line(seed=99)] if len(lines) == 1 else lines
 
 
-@pytest.mark.parametrize("case", range(20))
+@pytest.mark.parametrize("case", [*range(8), *(pytest.param(i, marks=pytest.mark.long) for i in range(8, 20))])
 def test_odd_records_make_a_report(tmp_path, case):
     contents = report_of(tmp_path, odd_sweep(case))
     text = contents["report.md"].decode()

@@ -24,6 +24,7 @@ from analysis.tradeoff import equal_accuracy_speed_up, reaching_log_seconds
 from simulated_sweeps import aa_group
 
 pytestmark = pytest.mark.slow
+LONG = pytest.mark.long  # the larger cases: `make test` has them, CI the smaller
 SWEEPS = 2000
 FEW = 800  # where every sweep is bootstrapped
 
@@ -53,7 +54,9 @@ def test_accuracy_difference_and_speed_up(n):
     assert_nominal(coverage(ratios, 10 / 7), f"the speed-up of {n} seeds")
 
 
-@pytest.mark.parametrize(("n", "low", "high"), [(3, 0.70, 0.78), (5, 0.90, 0.95), (10, 0.93, 0.97), (20, 0.93, 0.97)])
+@pytest.mark.parametrize(
+    ("n", "low", "high"), [(3, 0.70, 0.78), (5, 0.90, 0.95), (10, 0.93, 0.97), pytest.param(20, 0.93, 0.97, marks=LONG)]
+)
 def test_paired_bootstrap(n, low, high):
     """Of differences as the table of tests shows it; below ten pairs it covers less, which its caption says."""
     random = np.random.default_rng(n)
@@ -146,7 +149,7 @@ def covered_volume(n, seconds, accuracy, time_noise, accuracy_noise):
     return coverage([relative_volume(*points, 0, random, resamples=400) for points in drawn], truth)
 
 
-@pytest.mark.parametrize("n", [3, 5, 10])
+@pytest.mark.parametrize("n", [3, pytest.param(5, marks=LONG), pytest.param(10, marks=LONG)])
 @pytest.mark.parametrize(("time_noise", "accuracy_noise"), [(0.005, 0.02), (0.02, 0.005)], ids=["accuracy", "time"])
 def test_hypervolume(n, time_noise, accuracy_noise):
     share = covered_volume(n, SECONDS, ACCURACY, time_noise, accuracy_noise)
@@ -166,7 +169,7 @@ def test_hypervolume_of_equal_arms_covers_less_as_the_report_says():
     assert 0.89 <= share <= 0.97, f"the interval of five equal arms' hypervolume covers 1 in {share:.1%}"
 
 
-@pytest.mark.parametrize(("n", "spread"), [(3, 1.0), (5, 1.0), (10, 1.0), (3, 2.0)])
+@pytest.mark.parametrize(("n", "spread"), [(3, 1.0), (5, 1.0), pytest.param(10, 1.0, marks=LONG), (3, 2.0)])
 def test_front_membership_is_calibrated(n, spread):
     """Of the arms with P near p, a share near p is on the true front, whether the arms lie close or far apart."""
     random, told, truth = np.random.default_rng(n), [], []
@@ -187,7 +190,7 @@ def test_front_membership_is_calibrated(n, spread):
 # --- speed-up at equal accuracy ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [3, 5, 10])
+@pytest.mark.parametrize("n", [3, 5, pytest.param(10, marks=LONG)])
 def test_equal_accuracy_from_settings(n):
     base = np.array([5.0, 10.0, 20.0]), np.array([0.85, 0.90, 0.92])
     arm = np.array([4.0, 8.0, 16.0]), np.array([0.84, 0.895, 0.918])
@@ -203,7 +206,7 @@ def test_equal_accuracy_from_settings(n):
     assert_nominal(coverage(found, truth), f"the speed-up at equal accuracy of {n} seeds")
 
 
-@pytest.mark.parametrize("n", [3, 5, 10])
+@pytest.mark.parametrize("n", [3, 5, pytest.param(10, marks=LONG)])
 def test_equal_accuracy_from_learning_curves(n):
     epochs = np.arange(1, 21)
     curves = {
@@ -226,7 +229,7 @@ def test_equal_accuracy_from_learning_curves(n):
 # --- A/A sweeps --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "methods"), [(5, 4), (3, 4), (10, 8)])
+@pytest.mark.parametrize(("n", "methods"), [(5, 4), (3, 4), pytest.param(10, 8, marks=LONG)])
 def test_a_sweep_of_equal_arms_declares_a_difference_in_at_most_7_percent(n, methods):
     random, declared, single = np.random.default_rng(n), 0, []
     for _ in range(400):

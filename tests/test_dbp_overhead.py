@@ -11,6 +11,7 @@ pytest.importorskip("timm")
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_benchmark_measures_every_candidate_and_names_what_is_missing(tmp_path):
     out = tmp_path / "dbp_overhead.json"

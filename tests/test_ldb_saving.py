@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_benchmark_counts_and_times_every_arm(tmp_path):
     pytest.importorskip("timm")

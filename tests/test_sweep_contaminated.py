@@ -13,6 +13,7 @@ from faults import Victim
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.skipif(not Path("/proc/stat").exists(), reason="the machine does not count processor time"),
 ]
 
