@@ -30,6 +30,7 @@ def step_flops(estimator: GradientEstimator, x: Tensor, y: Tensor) -> float | No
     """
     if any(isinstance(module, nn.RNNBase) for module in estimator.model.modules()):
         return None  # recurrent kernels are opaque to the dispatcher
+    _period(estimator, x, y)  # what is done once, such as a first look at the statistics, is not counted
     periods = [_period(estimator, x, y) for _ in range(_COUNTED_PERIODS)]
     if len(set(periods)) > 1 or estimator.ranks > 1:  # ranks may differ, and must take every step together
         periods += [_period(estimator, x, y) for _ in range(_MORE_PERIODS)]

@@ -141,7 +141,7 @@ def cell_metrics(runs: list[RunRecord]) -> list[Metric]:
         "runs/finished": float(len(finished)),
         **{f"runs/{s}": float(sum(run.status == s for run in ended)) for s in ("failed", "diverged", "stopped")},
     }
-    if ended and ended[0].phase == "search":
+    if runs and runs[0].phase == "search":
         values["best/val_accuracy"] = max(
             (r.val_accuracy for r in finished if r.val_accuracy is not None), default=None
         )

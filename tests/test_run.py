@@ -194,7 +194,7 @@ def test_every_run_seed_draws_its_own_masks():
     def masks(seed):
         run = Run(RunConfig(TASK, RECIPE, LayerDropBack(), seed=seed))
         run.estimator.start_epoch(2)
-        return run.estimator._dropped()
+        return run.estimator._masks_of_step()
 
     assert masks(1) == masks(1)
     assert len({tuple(masks(seed)) for seed in range(6)}) > 1, "all seeds share their masks"
