@@ -81,6 +81,7 @@ def test_epochs_without_runs_are_reported(tmp_path):
     assert "lost" not in set(results.epochs["run_key"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_million_epochs(tmp_path):
     """Drawn curves are thinned: neither time nor size of the report follows the number of epochs."""
@@ -170,6 +171,7 @@ def mutated(lines, rng):
     return bytes(raw)
 
 
+@pytest.mark.long
 def test_fuzz(tmp_path):
     """Every case ends in a report or in one sentence; a warning of numpy or pandas is an error here."""
     base, path, refused = fuzz_base(), tmp_path / "records.jsonl", 0

@@ -229,7 +229,7 @@ def test_equal_accuracy_from_learning_curves(n):
 # --- A/A sweeps --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n", "methods"), [(5, 4), (3, 4), pytest.param(10, 8, marks=LONG)])
+@pytest.mark.parametrize(("n", "methods"), [(5, 4), pytest.param(3, 4, marks=LONG), pytest.param(10, 8, marks=LONG)])
 def test_a_sweep_of_equal_arms_declares_a_difference_in_at_most_7_percent(n, methods):
     random, declared, single = np.random.default_rng(n), 0, []
     for _ in range(400):

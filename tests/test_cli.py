@@ -51,6 +51,7 @@ def test_train_shows_where_the_net_was_cut():
     assert sum(shares) == pytest.approx(100, abs=1), f"shares of the FLOPs: {shares}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_train_with_a_process_per_module(tmp_path):
     path = tmp_path / "records.jsonl"

@@ -77,7 +77,11 @@ def head(tmp_path_factory):
         yield address, environment
     finally:
         os.killpg(process.pid, signal.SIGTERM)
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=8)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(timeout=60)
 
 
 def _wait_for(address, process, log):
@@ -230,6 +234,7 @@ def test_submit_follows_a_job_through_an_interruption_and_ends_with_its_exit_cod
     assert "give the changed sweep another `name`" in said, said
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_cannot_be_submitted_is_a_sentence_and_no_job(head, tmp_path):
     environment = head[1]

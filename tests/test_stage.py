@@ -67,6 +67,7 @@ def one_process():
     return [run.train_epoch() for _ in range(3)], run.end()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_staged_run_has_the_records_of_one_process_and_resumes_exactly(one_process):
     epochs, end = one_process

@@ -40,6 +40,7 @@ def test_a_process_without_the_token_is_refused(tmp_path):
     assert stranger.returncode != 0
 
 
+@pytest.mark.long
 def test_a_sweep_leaves_no_token_behind(tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"HOME": str(tmp_path)}
     (tmp_path / "one.yaml").write_text(

@@ -267,6 +267,7 @@ def check_all_there(uri, experiment, processes=2):
     assert len(rows) == processes * (1 + 2 + 6), f"{len(rows)} runs: {[row[0] for row in rows]}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_sweeps_at_once_on_a_fresh_sqlite_store(tmp_path):
     uri = f"sqlite:///{tmp_path / 'fresh.db'}"

@@ -70,6 +70,7 @@ def test_a_server_holds_what_sqlite_holds_for_few_requests_per_run(tmp_path, doo
     assert contents(door.url, "both") == contents(store, "both")
 
 
+@pytest.mark.long
 def test_a_slow_server_holds_up_neither_the_writer_nor_the_end_of_the_search(tmp_path, door, monkeypatch):
     monkeypatch.setattr("sweeps.mlflow_pace.JOIN_SECONDS", 0.1)
     path = sweep_of(tmp_path, "slow", runs=1)

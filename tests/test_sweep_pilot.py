@@ -116,6 +116,7 @@ def test_a_pass_is_whole_periods():
     assert found.seconds_per_example >= 0.07 / 7 / 16, "the sleep of every seventh step was missed"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_of_several_processes_is_timed_in_them():
     task = replace(TASK, model_args={"depth": 4, "width": 8})

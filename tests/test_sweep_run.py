@@ -156,6 +156,7 @@ storage_path: file://{folder}/shared
 """
 
 
+@pytest.mark.long
 def test_a_trial_continues_from_a_state_in_a_storage_that_is_a_uri(ray, tmp_path):
     (tmp_path / "stumbles.yaml").write_text(STUMBLES.format(folder=tmp_path))
     result = invoke(tmp_path, "run", "stumbles.yaml", "--no-report", "--no-mlflow")
@@ -184,6 +185,7 @@ max_failures: 0
 """
 
 
+@pytest.mark.long
 def test_a_failed_trial_of_an_arm_that_is_measured_is_tried_again(ray, tmp_path):
     """The first of two trials fails; the arm is measured at the other's setting, which stands."""
     (tmp_path / "retried.yaml").write_text(RETRIED.format(folder=tmp_path))
