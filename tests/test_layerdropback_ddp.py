@@ -1,16 +1,12 @@
 """LayerDropBack in DistributedDataParallel: two processes against one, on the whole batch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 
 from fastbp.units import droppable_units
 from ldb_ranks import RANKS, STEPS, cases, net, train
+from rank_processes import results_of_ranks
 
 pytestmark = [
     pytest.mark.slow,
@@ -21,16 +17,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What every rank got in every case."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("ldb_ranks.py")
-    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(script.parent)}
-    processes = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(folder)], env=env, stderr=subprocess.PIPE)
-        for rank in range(RANKS)
-    ]
-    errors = [process.communicate(timeout=240)[1].decode() for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(errors)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return results_of_ranks("ldb_ranks.py", RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", cases())

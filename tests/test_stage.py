@@ -4,11 +4,8 @@ import dataclasses
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +16,7 @@ from fastbp.record import EpochRecord, RunRecord
 from fastbp.run import Recipe, Run, RunConfig, Task
 from fastbp.stage_workers import LocalWorkers, StageError
 from fastbp.staged import StagedRun, merged, open_run, stages
+from rank_processes import results_of_ranks
 from stage_ranks import cases, data, train
 from test_ddg import conv_net, cross_entropy
 
@@ -29,16 +27,7 @@ RANKS = 4
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What every rank got in every case: rank -> name -> (losses, state dict of the whole model)."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("stage_ranks.py")
-    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(script.parent)}
-    processes = [
-        subprocess.Popen([sys.executable, str(script), str(rank), str(folder)], env=env, stderr=subprocess.PIPE)
-        for rank in range(RANKS)
-    ]
-    errors = [process.communicate(timeout=240)[1].decode() for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(errors)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    return results_of_ranks("stage_ranks.py", RANKS, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow
