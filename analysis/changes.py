@@ -96,6 +96,7 @@ def difference_table(pairs: Sequence[tuple[Place, Place]], *, allow_mixed: bool)
         Column("part", "part", shown=len({row["part"] for row in rows}) > 1),
         Column("arm", "arm"),
         Column("role", "role", shown=False),
+        Column("hardware", "hardware and software", shown=len({row["hardware"] for row in rows}) > 1),
         Column("gain", "accuracy, B − A", "points"),
         Column("gain_p", "p, Holm", "p"),
         Column("ratio", "training time, B / A", "ratio"),
@@ -126,6 +127,9 @@ def _difference(a: Place, b: Place, *, timed: bool) -> dict[str, Any]:
         "part": a.part,
         "arm": a.arm.name,
         "role": a.arm.role,
+        "hardware": a.group.hardware
+        if a.group.hardware == b.group.hardware
+        else f"{a.group.hardware} → {b.group.hardware}",
         "gain": gain.estimate,
         "gain_p": gain.p,
         "ratio": ratio.estimate.exp(),

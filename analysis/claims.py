@@ -155,12 +155,12 @@ def mismatch(claim: Claim, group: Group, arm: Arm) -> str:
 
 
 def claim_table(group: Group, results: Results, claims: Sequence[Claim]) -> Table:
-    """Every claim about a method that this group measured, with the computed verdict."""
+    """Every claim about a method that this group measured, be it beside other programs, with the computed verdict."""
     rows = [
         _row(claim, group, arm, results)
         for claim in claims
         for arm in group.arms
-        if arm.family == claim.method and arm.role == "method" and arm.n
+        if arm.family == claim.method and arm.role == "method" and (arm.n or arm.shared)
     ]
     columns = (
         Column("claim", "claim"),
@@ -181,12 +181,14 @@ def claim_table(group: Group, results: Results, claims: Sequence[Claim]) -> Tabl
 
 
 def _row(claim: Claim, group: Group, arm: Arm, results: Results) -> dict[str, Any]:
-    estimate = _MEASURES[claim.metric](group, arm, results)
-    why = mismatch(claim, group, arm)
+    estimate = _MEASURES[claim.metric](group, arm, results) if arm.n else Estimate()
+    why = mismatch(claim, group, arm) if arm.n else ""
     said: Verdict = "not comparable" if why else verdict(claim, estimate)
     if said == "not enough data":
         why = "the interval contains the bound"
-        if estimate.n < claim.min_seeds:
+        if not arm.n:
+            why = f"all {arm.shared} measured runs shared their device with other programs"
+        elif estimate.n < claim.min_seeds:
             why = f"{estimate.n} paired seeds, at least {claim.min_seeds} are needed"
         elif estimate.low is None:
             why = "a pair has no ratio: both runs missed the target, or the baseline's time is 0"

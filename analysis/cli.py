@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,7 +140,7 @@ def write_report(
         ReportError: the sources cannot be read or compared, or the folder cannot be written.
     """
     made = build(sources, allow_mixed=allow_mixed, tracking_uri=tracking_uri, claims=claims)
-    page = write(made, out)
+    page = write(made, out, processes=os.cpu_count() or 1)
     if into is not None:
         embed(made, into)
     screen = Console() if console is None else console

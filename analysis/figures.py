@@ -1,18 +1,15 @@
-"""Figures for papers: PNG and SVG of the same drawing, without dates and random ids."""
+"""Figures for papers: what each of them draws."""
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
 
 from analysis.attainment import band
 from analysis.curves import epochs_of, learning_curves
@@ -22,6 +19,7 @@ from analysis.knobs import Knob, figure_names
 from analysis.labels import Style, shortened
 from analysis.measured import Arm, Group
 from analysis.profiles import MAX_FACTOR, TICKS, Profile, profile_curves
+from analysis.rendering import Drawing
 from analysis.shades import arm_styles
 from analysis.tables import front
 
@@ -30,89 +28,59 @@ if TYPE_CHECKING:
 
     from analysis.ablation import Dose
 
-_RC: Any = {
-    "svg.hashsalt": "fastbp",
-    "text.parse_math": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e3e6ea",
-    "axes.axisbelow": True,
-    "font.size": 10,
-    "legend.frameon": False,
-}
-
 MAX_POINTS = 500  # of a drawn curve
 
 
-def figures(group: Group, epochs: pd.DataFrame, styles: dict[str, Style]) -> Iterator[tuple[str, bytes]]:
-    """File names and contents of the figures of one group; none where nothing was measured."""
+def figures(group: Group, epochs: pd.DataFrame, styles: dict[str, Style]) -> Iterator[Drawing]:
+    """The figures of one group; none where nothing was measured."""
     if not group.candidates:
         return
     drawn = arm_styles(group, styles)
-    for name, draw in (
-        ("pareto", lambda a: _pareto(a, group, drawn)),
-        ("curves", lambda a: _curves(a, group, epochs, drawn)),
+    curves = [Curves(arm, drawn[arm], run_curves(arm, epochs), mean_curve(arm, epochs)) for arm in group.arms]
+    for name, panel in (
+        ("pareto", partial(_pareto, group=group, drawn=drawn)),
+        ("curves", partial(_curves, arms=curves)),
     ):
-        yield from _saved(f"{name}-{group.slug}", group.title, [draw])
+        yield Drawing(f"{name}-{group.slug}", group.title, (panel,))
 
 
-def knob_figures(knobs: Iterable[Knob], styles: dict[str, Style]) -> Iterator[tuple[str, bytes]]:
-    """File names and contents of one figure for each searched arm, one panel for each numeric knob."""
+def knob_figures(knobs: Iterable[Knob], styles: dict[str, Style]) -> Iterator[Drawing]:
+    """One figure for each searched arm, one panel for each numeric knob."""
     for name, own in figure_names(knobs).items():
         first = own[0]
-        draws = [partial(_knob, knob=knob, style=styles[knob.family]) for knob in own]
-        yield from _saved(name, f"{first.sweep}/{first.arm}" if first.sweep else first.arm, draws)
+        panels = tuple(partial(_knob, knob=knob, style=styles[knob.family]) for knob in own)
+        yield Drawing(name, f"{first.sweep}/{first.arm}" if first.sweep else first.arm, panels)
 
 
-def dose_figures(doses: Sequence[Dose], slug: str, styles: dict[str, Style]) -> Iterator[tuple[str, bytes]]:
-    """File names and contents of one figure for each field of an ablation: accuracy and time against its levels."""
+def dose_figures(doses: Sequence[Dose], slug: str, styles: dict[str, Style]) -> Iterator[Drawing]:
+    """One figure for each field of an ablation: accuracy and time against its levels."""
     for i, dose in enumerate(doses, 1):
         style = styles[dose.design.family]
-        draws = [partial(draw_dose, dose=dose, style=style, outcome=outcome) for outcome in OUTCOMES]
-        yield from _saved(f"doses-{slug}-{i}", dose.design.title, draws)
+        panels = tuple(partial(draw_dose, dose=dose, style=style, outcome=outcome) for outcome in OUTCOMES)
+        yield Drawing(f"doses-{slug}-{i}", dose.design.title, panels)
 
 
-def profile_figure(found: Profile, styles: dict[str, Style]) -> Iterator[tuple[str, bytes]]:
+def profile_figure(found: Profile, styles: dict[str, Style]) -> Drawing:
     """Performance profile: share of the tasks within a factor of the best, with the band of the samples."""
     drawn = arm_styles(found.tasks[0].group, styles)
-
-    def draw(axes: Axes) -> None:
-        factors, curves = profile_curves(found)
-        for (name, arms), curve in zip(found.arms.items(), curves, strict=True):
-            color = drawn[arms[0]].light
-            shares, low, high = np.array(curve).T
-            axes.fill_between(factors, low, high, step="post", color=color, alpha=0.12, linewidth=0)
-            axes.step(factors, shares, where="post", color=color, linewidth=2, label=f" {shortened(name)}")
-        axes.set(xscale="log", xlim=(1, MAX_FACTOR), ylim=(-0.02, 1.02))
-        axes.set_xticks(TICKS)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
-        axes.set_xlabel("time to target over the best method's")
-        axes.set_ylabel("share of tasks")
-        _legend(axes)
-
-    yield from _saved("profiles", f"{len(found.tasks)} tasks", [draw])
+    panel = partial(_profile, found=found, styles={name: drawn[arms[0]] for name, arms in found.arms.items()})
+    return Drawing("profiles", f"{len(found.tasks)} tasks", (panel,))
 
 
-def _saved(name: str, title: str, draws: Sequence[Callable[[Axes], None]]) -> Iterator[tuple[str, bytes]]:
-    """The panels side by side as PNG and SVG, without dates and random ids."""
-    with matplotlib.rc_context(_RC), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font lacks
-        columns = min(len(draws), 3)
-        rows = -(-len(draws) // columns)
-        figure = Figure(figsize=(7, 4.4) if len(draws) == 1 else (3.4 * columns, 3 * rows), layout="constrained")
-        panels = figure.subplots(rows, columns, squeeze=False).ravel()
-        for axes, draw in zip(panels, draws, strict=False):
-            draw(axes)
-        for axes in panels[len(draws) :]:
-            axes.set_visible(False)
-        panels[0].set_title(shortened(title, 90), loc="left", fontsize=10)
-        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-            out = io.BytesIO()
-            figure.savefig(out, format=suffix, dpi=160, metadata=metadata)
-            figure.set_layout_engine("none")  # the places that were found hold for the other format
-            yield f"{name}.{suffix}", out.getvalue()
+def _profile(axes: Axes, found: Profile, styles: dict[str, Style]) -> None:
+    factors, curves = profile_curves(found)
+    for name, curve in zip(found.arms, curves, strict=True):
+        color = styles[name].light
+        shares, low, high = np.array(curve).T
+        axes.fill_between(factors, low, high, step="post", color=color, alpha=0.12, linewidth=0)
+        axes.step(factors, shares, where="post", color=color, linewidth=2, label=f" {shortened(name)}")
+    axes.set(xscale="log", xlim=(1, MAX_FACTOR), ylim=(-0.02, 1.02))
+    axes.set_xticks(TICKS)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_xlabel("time to target over the best method's")
+    axes.set_ylabel("share of tasks")
+    _legend(axes)
 
 
 def _knob(axes: Axes, knob: Knob, style: Style) -> None:
@@ -195,20 +163,28 @@ def steps(group: Group) -> tuple[list[float], list[float]]:
     return x, y
 
 
-def _curves(axes: Axes, group: Group, epochs: pd.DataFrame, drawn: dict[Arm, Style]) -> None:
+@dataclass(frozen=True)
+class Curves:
+    """One arm's learning curves: (evaluations, 2) seconds and accuracy of each run, and their mean."""
+
+    arm: Arm
+    style: Style
+    runs: list[np.ndarray]
+    mean: pd.DataFrame
+
+
+def _curves(axes: Axes, arms: list[Curves]) -> None:
     """One thin line per run, one thick line per arm."""
-    for arm in group.arms:
-        style, hollow = drawn[arm], arm.role == "control"
-        runs = [run * (1, 100) for run in run_curves(arm, epochs)]
-        axes.add_collection(LineCollection(runs, colors=style.light, linewidths=0.6, alpha=0.35))
-        mean = mean_curve(arm, epochs)
+    for own in arms:
+        runs = [run * (1, 100) for run in own.runs]
+        axes.add_collection(LineCollection(runs, colors=own.style.light, linewidths=0.6, alpha=0.35))
         axes.plot(
-            mean["train_seconds"],
-            100 * mean["val_accuracy"],
-            color=style.light,
+            own.mean["train_seconds"],
+            100 * own.mean["val_accuracy"],
+            color=own.style.light,
             linewidth=1.8,
-            linestyle="--" if hollow else "-",
-            label=f" {shortened(arm.name)}",  # matplotlib leaves out names that begin with an underscore
+            linestyle="--" if own.arm.role == "control" else "-",
+            label=f" {shortened(own.arm.name)}",  # matplotlib leaves out names that begin with an underscore
         )
     axes.set_xlabel("training time (s)")
     axes.set_ylabel("validation accuracy (%)")

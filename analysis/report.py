@@ -32,6 +32,7 @@ from analysis.measured import Arm, Group, left_out, measured_groups
 from analysis.profile_plot import profile_plot
 from analysis.profiles import Profile, profile_table, profiled
 from analysis.reading import HOW
+from analysis.rendering import Drawing, rendered
 from analysis.resources import resource_plots, resource_table
 from analysis.response import Response, responses
 from analysis.shades import arm_styles
@@ -193,32 +194,36 @@ def _runs(arm: Arm, results: Results) -> list[tuple[int, Origin]]:
     return [(seed, results.origins[key]) for seed, key in pairs]
 
 
-def write(report: Report, out: Path) -> Path:
+def write(report: Report, out: Path, *, processes: int = 1) -> Path:
     """Write all files of the report into a folder and return the path of the HTML page.
+
+    Args:
+        processes: at most that many draw figures; above 1 only from a program's own entry point.
 
     Raises:
         ReportError: the folder cannot be written.
     """
     try:
-        for name, content in (*text_files(report), *figure_files(report)):
+        for name, content in (*text_files(report), *figure_files(report, processes)):
             write_file(out / name, content)
     except OSError as error:
         raise ReportError(f"{out}: cannot write the report there ({error.strerror})") from error
     return out / "report.html"
 
 
-def figure_files(report: Report) -> Iterator[tuple[str, bytes]]:
+def figure_files(report: Report, processes: int = 1) -> Iterator[tuple[str, bytes]]:
     """Paths of the figures inside the report folder and their contents."""
-    for section in report.sections:
-        for name, content in figures(section.group, report.results.epochs, report.styles):
-            yield f"figures/{name}", content
-        for name, content in dose_figures(section.doses, section.group.slug, report.styles):
-            yield f"figures/{name}", content
-    if report.profile:
-        for name, content in profile_figure(report.profile, report.styles):
-            yield f"figures/{name}", content
-    for name, content in knob_figures(report.knobs, report.styles):
+    for name, content in rendered(_drawings(report), processes):
         yield f"figures/{name}", content
+
+
+def _drawings(report: Report) -> Iterator[Drawing]:
+    for section in report.sections:
+        yield from figures(section.group, report.results.epochs, report.styles)
+        yield from dose_figures(section.doses, section.group.slug, report.styles)
+    if report.profile:
+        yield profile_figure(report.profile, report.styles)
+    yield from knob_figures(report.knobs, report.styles)
 
 
 def text_files(report: Report) -> Iterator[tuple[str, bytes]]:

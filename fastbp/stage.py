@@ -167,6 +167,8 @@ class StageDDG(DelayedEstimator):
                 for parameter in self.model.parameters():
                     parameter.grad = None
                 self._tick()
+                if self.before is not None:
+                    self.before.flush()  # no activation comes any more with which a held signal would leave
                 yield
 
     def _tick(self) -> None:
@@ -192,8 +194,9 @@ class StageDDG(DelayedEstimator):
 
     def _settle(self) -> None:
         """Fetch the one signal that may be under way and let the held ones go, so that nothing is on the wire."""
-        if self.before is not None:
-            self.before.flush()
+        for link in (self.before, self.after):
+            if link is not None:
+                link.flush()
         if self.after is None or not self.modules or self.inbox is not None or not self.module.queue:
             return
         head = self.module.queue[0]

@@ -66,6 +66,7 @@ def run(
     smoke: Annotated[bool, typer.Option(help="one epoch, one trial, one seed; for CI")] = False,
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
     mlflow: Annotated[bool, typer.Option(help="mirror the records into MLflow")] = True,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="measure again what shared its device")] = False,
 ) -> None:
     """Run a sweep, or what is missing of it; exits with 1 when any run failed or is missing.
 
@@ -87,7 +88,7 @@ def run(
         _say(console, "warning: MLflow's store is in the job's temporary folder; set MLFLOW_TRACKING_URI for the job")
     progress = progress_on(console)
     try:
-        outcome = run_sweep(planned, find_sweep(file)[0], folder, progress, mlflow=mlflow)
+        outcome = run_sweep(planned, find_sweep(file)[0], folder, progress, mlflow=mlflow, remeasure=remeasure)
     finally:
         progress.close()
     if report and not outcome.interrupted:
@@ -156,6 +157,11 @@ def _summary(folder: Path, console: Console, outcome: Outcome) -> int:
         _say(console, f"MLflow:  {_ui_hint(outcome.uri)}")
     for record in outcome.failed:
         _say(console, f"failed:  {record.phase} {record.arm} {record.role} seed {record.seed}: {record.reason}")
+    if outcome.contaminated:
+        shared = (
+            f"{outcome.contaminated} measured run{'s'[: outcome.contaminated > 1]} shared the device with other work"
+        )
+        _say(console, f"warning: {shared}; run the same command with --remeasure on a quiet machine")
     if outcome.interrupted:
         _say(console, "interrupted; the same command continues")
         return 128 + outcome.interrupted

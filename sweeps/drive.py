@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from sweeps.rungs import RungScheduler
 
 
-def run_sweep(plan: Plan, file: Path, out: Path, progress: Progress, *, mlflow: bool = True) -> Outcome:
+def run_sweep(
+    plan: Plan, file: Path, out: Path, progress: Progress, *, mlflow: bool = True, remeasure: bool = False
+) -> Outcome:
     """Run what is missing of a sweep.
 
     Args:
@@ -38,6 +40,7 @@ def run_sweep(plan: Plan, file: Path, out: Path, progress: Progress, *, mlflow: 
         out: the output folder.
         progress: where ended runs are shown.
         mlflow: whether to mirror the records into MLflow.
+        remeasure: whether measured runs that shared their device run again.
 
     Raises:
         SweepError: the folder belongs to another sweep or another process.
@@ -51,6 +54,8 @@ def run_sweep(plan: Plan, file: Path, out: Path, progress: Progress, *, mlflow: 
         if not free:
             raise SweepError(f"{out} is in use: this sweep is already running")
         ledger, writer = open_ledger(plan, out)
+        if remeasure:
+            ledger.again = {record.run_key for record in ledger.contaminated}
         keep_copy(file, out / "sweep.yaml")
         driver = _Driver(plan, out, ledger, writer, progress, mlflow)
         return driver.run()
@@ -100,7 +105,10 @@ class _Driver:
         if failure is not None:
             raise failure
         interrupted = 0 if done else self.stop.signal or signal.SIGINT
-        return Outcome(failed(self.ledger), missing(self.plan, self.ledger), interrupted, behind, self.uri)
+        contaminated = len(self.ledger.contaminated)
+        return Outcome(
+            failed(self.ledger), missing(self.plan, self.ledger), interrupted, behind, self.uri, contaminated
+        )
 
     def _announce(self, timed: dict[str, list[RunConfig]]) -> None:
         """Write what is planned; again once the measured cells and those of the ablations are known."""

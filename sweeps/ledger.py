@@ -24,11 +24,13 @@ class Ledger:
         runs: by run_key, in the order of their first line.
         attempts: by run_key, the number of attempts on record.
         sweep: the newest sweep record, if any.
+        again: keys of runs whose result is not enough, so that they run once more.
     """
 
     runs: dict[str, RunRecord] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     sweep: SweepRecord | None = None
+    again: set[str] = field(default_factory=set)
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Ledger:
@@ -40,6 +42,8 @@ class Ledger:
     def add(self, record: Record) -> None:
         if isinstance(record, RunRecord):
             self.runs[record.run_key] = record
+            if record.status in DONE:
+                self.again.discard(record.run_key)
             self.attempts[record.run_key] = max(self.attempts.get(record.run_key, 0), record.attempt + 1)
         elif isinstance(record, SweepRecord):
             self.sweep = record
@@ -47,7 +51,13 @@ class Ledger:
     def done(self, key: str) -> RunRecord | None:
         """The result of a run that need not run again."""
         record = self.runs.get(key)
-        return record if record and record.status in DONE else None
+        return record if record and record.status in DONE and key not in self.again else None
+
+    @property
+    def contaminated(self) -> list[RunRecord]:
+        """Results of measured cells that shared their device, whose times say nothing."""
+        timed = (r for r in self.runs.values() if r.phase in ("measure", "ablate"))
+        return [r for r in timed if r.status in DONE and not r.exclusive]
 
     def of_phase(self, phase: str, arm: str | None = None) -> list[RunRecord]:
         return [r for r in self.runs.values() if r.phase == phase and arm in (None, r.arm)]

@@ -20,6 +20,7 @@ class Outcome:
         interrupted: the signal with which the user stopped the sweep; 0 where nobody did.
         mlflow_error: why MLflow lags behind the records; empty where it does not.
         uri: of the MLflow store; empty where none was wanted.
+        contaminated: number of measured runs that shared their device with other programs.
     """
 
     failed: list[RunRecord]
@@ -27,6 +28,7 @@ class Outcome:
     interrupted: int = 0
     mlflow_error: str = ""
     uri: str = ""
+    contaminated: int = 0
 
     @property
     def ok(self) -> bool:

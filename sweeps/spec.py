@@ -130,6 +130,9 @@ class TaskPart(_Part):
     data_args: dict[str, Any] = {}
 
 
+_ELSEWHERE = {"mlflow", "max_failures", "storage_path"}  # not what is trained
+
+
 class Sweep(_Part):
     """A sweep file. `recipe` and `arms` may hold search expressions, which `sweeps.arms` resolves."""
 
@@ -170,8 +173,8 @@ class Sweep(_Part):
 
     def config(self) -> dict[str, Any]:
         """What is trained, as JSON-able dictionaries; not where it is stored or how often it is retried."""
-        out = self.model_dump(mode="json", exclude={"mlflow", "max_failures", "storage_path"})
-        for part in out["ablate"]:  # what was not given leaves the hash as it was before it could be
+        out = self.model_dump(mode="json", exclude=_ELSEWHERE)
+        for part in out["ablate"]:
             for name in ("gpus", "threads"):
                 if part[name] is None:
                     del part[name]
@@ -179,7 +182,8 @@ class Sweep(_Part):
 
     @property
     def hash(self) -> str:
-        return config_key(self.config())
+        """Of what the file says is trained; settings at their defaults do not count, so that new ones change nothing."""
+        return config_key(self.model_dump(mode="json", exclude=_ELSEWHERE, exclude_defaults=True))
 
     def smoke(self) -> Sweep:
         """The same sweep at its smallest, for CI: one epoch, one trial per arm, one seed.

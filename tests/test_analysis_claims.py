@@ -68,6 +68,16 @@ def test_two_seeds_are_not_enough(tmp_path):
     assert (row["verdict"], row["why"]) == ("not enough data", "2 paired seeds, at least 3 are needed")
 
 
+def test_an_arm_of_contaminated_runs_alone_has_its_claims_with_nothing_said(tmp_path):
+    beside = {"exclusive": False, "reason": "the processor is shared: other programs"}
+    lines = [sweep_line(), *(run_line(seed=seed) for seed in range(3))]
+    lines += [run_line(arm="ldb", role="method", method=ldb(), seed=seed, **beside) for seed in range(3)]
+    (row,) = table_of(tmp_path, [Claim(**FASTER, at_most=0.8)], lines).rows
+    assert row["verdict"] == "not enough data"
+    assert row["why"] == "all 3 measured runs shared their device with other programs"
+    assert row["measured"].value is None
+
+
 def test_published_claims_are_well_formed():
     claims = load_claims()
     assert {claim.method for claim in claims} == {"ldb", "dbp", "highway", "ddg"}

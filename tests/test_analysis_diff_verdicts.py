@@ -189,6 +189,25 @@ def test_cells_of_ablations_are_compared_too(tmp_path):
     }  # fmt: skip
 
 
+def test_equal_arms_on_several_kinds_of_hardware_are_told_apart(tmp_path):
+    def on(*names):
+        devices = ({"type": "cpu", "name": name, "threads": 1} for name in names)
+        return [sweep_line(), *(run_line(seed=seed, device=device) for device in devices for seed in range(3))]
+
+    def differences(before, after):
+        made = diff(*two(tmp_path, before, after), allow_mixed=True)
+        (found,) = (table for table in made.tables if table.name == "differences")
+        return found
+
+    one = differences(on("old"), on("old"))
+    assert not next(c for c in one.columns if c.key == "hardware").shown, "a column that says the same in every row"
+    several = differences(on("old", "new"), on("old", "new"))
+    assert next(c for c in several.columns if c.key == "hardware").shown
+    kinds = [row["hardware"] for row in several.rows]
+    assert len(set(kinds)) == 2, kinds
+    assert {kind.partition(" ")[0] for kind in kinds} == {"old", "new"}, kinds
+
+
 def test_the_environment_of_an_ablation_alone_is_compared(tmp_path):
     def alone(**changes):
         lines = [sweep_line()]

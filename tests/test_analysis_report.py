@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from analysis.cli import app, write_report
 from analysis.embed import BEGIN, END, embed, summary
 from analysis.errors import ReportError
-from analysis.report import build
+from analysis.rendering import WORTH_A_PROCESS, rendered
+from analysis.report import _drawings, build
 from analysis.summary import answer
 from analysis.table import Column, Table, latex, markdown, text, to_csv, to_json, to_latex
 from analysis.tables import pareto_table
@@ -157,6 +158,16 @@ def test_unicode_names(tmp_path):
     contents = report_of(tmp_path, lines, figures=True)
     assert "模型 é😀" in contents["report.html"].decode()
     assert rows_of(contents, "pareto")[-1]["arm"].startswith("模型")
+
+
+@pytest.mark.slow
+def test_several_processes_draw_the_same_bytes(tmp_path):
+    made = build([write(tmp_path / "records.jsonl", synthetic(3) + search_lines())])
+    drawings = list(_drawings(made)) * WORTH_A_PROCESS
+    assert [d.name for d in drawings[:3]] == ["pareto-group1", "curves-group1", "knobs-1"]
+    alone, crowd = list(rendered(drawings)), list(rendered(drawings, processes=3))
+    assert [name for name, _ in crowd] == [name for name, _ in alone]
+    assert crowd == alone
 
 
 def test_the_page_needs_no_network_and_the_figures_carry_no_date(tmp_path):

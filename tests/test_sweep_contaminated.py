@@ -33,7 +33,11 @@ def spinning():
     """A program that never rests, on every core twice."""
     spin = [sys.executable, "-c", "while True: pass"]
     others = [subprocess.Popen(spin) for _ in range(2 * len(os.sched_getaffinity(0)))]
-    yield
+    yield others
+    _stop(others)
+
+
+def _stop(others):
     for other in others:
         other.kill()
         other.wait()
@@ -54,3 +58,15 @@ def test_times_beside_a_busy_program_are_contaminated_and_conclude_nothing(tmp_p
     assert "Left out of the times: 4 finished runs that shared their device with other work." in sweep.said
     rows = json.loads((sweep.out / "report" / "tables" / "pareto.json").read_text())["rows"]
     assert [(row["arm"], row["n"]) for row in rows] == [("bp", 0), ("ldb", 0)], rows
+    assert "warning: 4 measured runs shared the device with other work" in sweep.said, sweep.said
+
+    _stop(spinning)
+    sweep.environment["FASTBP_FAKE_QUIET"] = "1"
+    try:
+        assert sweep.run("--no-mlflow", "--remeasure") == 0, sweep.said
+    finally:
+        sweep.close()
+    again = sweep.runs()
+    assert len(again) == 4, "the same runs, no new ones"
+    assert [(r.attempt, r.exclusive) for r in again.values()] == [(1, True)] * 4, again
+    assert "shared the device" not in sweep.said, sweep.said

@@ -11,6 +11,7 @@ from fastbp import DDG, Backprop, DecorrelatedBP, LayerDropBack
 from fastbp.knobs import Choice, IntRange, LogUniform, Uniform
 from sweeps.plan import load_plan
 from sweeps.source import SweepError
+from sweeps.spec import Sweep
 
 GOOD = """\
 name: toy
@@ -160,6 +161,12 @@ def test_where_it_is_stored_does_not_change_the_hash_what_is_trained_does(tmp_pa
     stored = plan_of(tmp_path, GOOD + "mlflow: {experiment: other}\nmax_failures: 3\n").sweep.hash
     assert stored == plain, "the hash depends on where results are stored"
     assert plan_of(tmp_path, GOOD.replace("lr: 0.1", "lr: 0.2")).sweep.hash != plain, "the hash misses the recipe"
+
+    class Newer(Sweep):
+        later: int = 3
+
+    newer = Newer.model_validate(plan_of(tmp_path, GOOD).sweep.model_dump(exclude_defaults=True))
+    assert newer.hash == plain, "a new setting refuses the folders of before"
 
 
 def test_a_typo_is_reported_before_ray_optuna_or_mlflow_are_imported(tmp_path):
