@@ -182,7 +182,7 @@ class Sweep(_Part):
 
     @property
     def hash(self) -> str:
-        """Of what the file says is trained; settings at their defaults do not count, so that new ones change nothing."""
+        """Of what is trained; settings at their defaults do not count, so that a new one changes nothing."""
         return config_key(self.model_dump(mode="json", exclude=_ELSEWHERE, exclude_defaults=True))
 
     def smoke(self) -> Sweep:
