@@ -93,14 +93,16 @@ class Bare(tune.Trainable):
         return True
 
 
-def bare(folder: Path, trials: int, reuse: bool) -> None:
+def bare(folder: Path, trials: int, reuse: bool, callbacks: list[tune.Callback] | None = None) -> None:
     """One Tune experiment of no-op trials, as many at once as the machine has processors."""
     none = tune.CheckpointConfig(checkpoint_at_end=False)
     tuner = tune.Tuner(
         tune.with_resources(Bare, {"CPU": 1}),
         param_space={"lr": tune.loguniform(0.01, 0.5)},
         tune_config=tune.TuneConfig(num_samples=trials, reuse_actors=reuse),
-        run_config=tune.RunConfig(name="bare", storage_path=str(folder), checkpoint_config=none, verbose=0),
+        run_config=tune.RunConfig(
+            name="bare", storage_path=str(folder), checkpoint_config=none, verbose=0, callbacks=callbacks
+        ),
     )
     found = tuner.fit()
     assert len(found) == trials, f"bare Tune ran {len(found)} of {trials} trials"
@@ -156,6 +158,18 @@ def per_trial(rounds: int, trials: int) -> dict[str, list[float]]:
     return seconds
 
 
+class BareMemory(tune.Callback):
+    """Notes the same under bare Tune."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.runs, self.mib = every, 0, list[float]()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.runs += 1
+        if self.runs % self.every == 0:
+            self.mib.append(resident_mib())
+
+
 class Memory(Progress):
     """Notes the driver's resident memory every so many ended runs."""
 
@@ -182,9 +196,13 @@ def memory(trials: int) -> dict[str, Any]:
         began = time.perf_counter()
         ours(Path(folder), trials, reuse=True, arms=4, progress=watch)
         seconds = time.perf_counter() - began
-    settled = watch.mib[1:]
-    slope = float(np.polyfit(np.arange(len(settled)) * watch.every, settled, 1)[0]) * 1000
-    return {"trials": watch.runs, "seconds": seconds, "every": watch.every, "mib": watch.mib, "mib_per_1000": slope}
+        beside = BareMemory(every=watch.every)
+        bare(Path(folder), trials, reuse=True, callbacks=[beside])
+    slopes = [
+        float(np.polyfit(np.arange(len(m) - 1) * watch.every, m[1:], 1)[0]) * 1000 for m in (watch.mib, beside.mib)
+    ]
+    found = {"trials": watch.runs, "seconds": seconds, "every": watch.every, "mib": watch.mib, "bare_mib": beside.mib}
+    return found | {"mib_per_1000": slopes[0], "bare_mib_per_1000": slopes[1]}
 
 
 def main() -> None:
@@ -208,7 +226,7 @@ def main() -> None:
     print(
         f"{found['trials']} trials in one sweep: {found['seconds'] / found['trials']:.3f} s each; driver "
         f"{found['mib'][0]:.0f} MiB at the first tenth, {found['mib'][-1]:.0f} MiB at the end, "
-        f"{found['mib_per_1000']:+.1f} MiB per 1000 trials"
+        f"{found['mib_per_1000']:+.1f} MiB per 1000 trials; bare Tune {found['bare_mib_per_1000']:+.1f}"
     )
     figures = {
         "fresh": rows["sweep"]["ratio"],

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastbp.record import Record, RunRecord, SweepRecord
 from fastbp.run import RunConfig
@@ -31,6 +33,7 @@ class Ledger:
     attempts: dict[str, int] = field(default_factory=dict)
     sweep: SweepRecord | None = None
     again: set[str] = field(default_factory=set)
+    _mappings: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> Ledger:
@@ -41,6 +44,9 @@ class Ledger:
 
     def add(self, record: Record) -> None:
         if isinstance(record, RunRecord):
+            for name in ("task", "device", "software"):  # one object for the thousands of runs that are equal there
+                value = getattr(record, name)
+                setattr(record, name, self._mappings.setdefault(json.dumps(value, sort_keys=True), value))
             self.runs[record.run_key] = record
             if record.status in DONE:
                 self.again.discard(record.run_key)
