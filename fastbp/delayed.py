@@ -170,7 +170,7 @@ class DelayedModule:
     def _one_tensor(self, output: Any) -> Tensor:
         if self.k < self.modules - 1 and not isinstance(output, Tensor):
             raise TypeError(
-                f"DDG: module {self.k}, which ends in {_last_layer(self.net)}, returned a "
+                f"DDG: module {self.k}, which ends in {last_layer(self.net)}, returned a "
                 f"{type(output).__name__}, but only one tensor can cross a cut; cut elsewhere or return a tensor"
             )
         return output
@@ -245,7 +245,7 @@ class DelayedModule:
         return self.parameters[name].detach().as_strided(shape, stride, offset)
 
 
-def _last_layer(net: nn.Module) -> str:
+def last_layer(net: nn.Module) -> str:
     """The class of the layer or branch that a module ends in."""
     while isinstance(net, nn.Sequential | Residual) and len(list(net.children())):
         net = net.branch if isinstance(net, Residual) else net[-1]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _POOL_EPOCH = -1  # the pool's own random numbers: no step ever draws in this epoch
+_STRATIFIED_EPOCHS = (-2, -3)  # nor in these
 
 
 def dropped_mask(seed: int, epoch: int, steps: range, units: Tensor, drop_rate: float) -> Tensor:
@@ -75,6 +76,35 @@ def pool_masks(seed: int, sizes: Sequence[int], drop_rate: float, pool: int) -> 
 def pool_pattern(seed: int, epoch: int, steps: range, pool: int) -> Tensor:
     """The pattern of each step, uniform on 0..pool-1: int64, shape (len(steps),)."""
     return (_of_step(seed, epoch, steps) * pool).long()
+
+
+def stratified_masks(units: int, drop_rate: float, count: int) -> Tensor:
+    """A few masks whose mean stands for all masks of independent coins, the same in every run.
+
+    Over the masks, the numbers of a unit fall into `count` strata of equal size, one each, in an order of the unit's
+    own. So each unit is dropped in floor or ceil of p x count masks, p x count of them on average; which units are
+    dropped together is random.
+
+    Args:
+        units: their number U.
+        drop_rate: p.
+        count: of the masks.
+
+    Returns:
+        bool tensor, shape (count, U).
+    """
+    order, within = (uniform(0, epoch, range(count), torch.arange(units)) for epoch in _STRATIFIED_EPOCHS)
+    return (order.argsort(dim=0) + within) / count < drop_rate
+
+
+def evenly(total: int, count: int) -> Tensor:
+    """At most `count` of the indices 0..total-1, evenly spaced: int64, all of them where they are few.
+
+    >>> evenly(3, 16).tolist(), evenly(100, 4).tolist()
+    ([0, 1, 2], [12, 37, 62, 87])
+    """
+    count = min(total, count)
+    return (2 * torch.arange(count) + 1) * total // (2 * count)
 
 
 def fitting_pool(drop_rate: float, pool: int) -> int | None:

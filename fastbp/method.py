@@ -124,6 +124,7 @@ class GradientEstimator(ABC):
         latency: steps until every parameter gets its first gradient.
         devices: where it runs, the model's own device first; empty: there alone.
         ranks: processes that share the work and must take every step together.
+        variants: kinds of step that stand for all, equally often, where chance decides what a step computes; else 1.
     """
 
     model: nn.Module
@@ -131,6 +132,10 @@ class GradientEstimator(ABC):
     latency: int = 0  # steps until every parameter gets its first gradient
     devices: Sequence[torch.device] = ()
     ranks: int = 1
+    variants: int = 1
+
+    def choose(self, variant: int) -> None:  # noqa: B027 (most methods leave nothing to chance)
+        """Make every step until `start_epoch` one of this kind, 0..variants-1, because its cost is being counted."""
 
     def prepare(self, x: Tensor, y: Tensor) -> None:  # noqa: B027 (most methods have nothing to decide)
         """Decide what depends on the shape of a batch, off the clock and without a trace; before the optimizer is made.
@@ -208,6 +213,13 @@ class WrappingEstimator(GradientEstimator):
     @property
     def devices(self) -> Sequence[torch.device]:  # type: ignore[override]
         return self.inner.devices
+
+    @property
+    def variants(self) -> int:  # type: ignore[override]
+        return self.inner.variants
+
+    def choose(self, variant: int) -> None:
+        self.inner.choose(variant)
 
     def prepare(self, x: Tensor, y: Tensor) -> None:
         self.inner.prepare(x, y)

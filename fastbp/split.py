@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastbp.chain import Chain
 from fastbp.clock import Clock
+from fastbp.delayed import last_layer
 from fastbp.flops import Counter
 from fastbp.views import as_chain
 
@@ -162,6 +163,9 @@ def measure(
         x: one batch, on the model's device.
         y: its labels.
         timed: whether to take times: medians of up to 20 synchronised forward and backward runs, 5 seconds for all.
+
+    Raises:
+        TypeError: a block but the last returns something else than one tensor.
     """
     with torch.random.fork_rng([x.device] if x.is_cuda else []):
         parts = pieces(as_chain(copy.deepcopy(model).train()))
@@ -169,7 +173,7 @@ def measure(
         deadline = time.perf_counter() + _TIMED_SECONDS
         for i, part in enumerate(parts):
             head = i == len(parts) - 1
-            block = _Block(part, (lambda out: loss_fn(out, y)) if head else None, h.detach(), first=i == 0)
+            block = _Block(i, part, (lambda out: loss_fn(out, y)) if head else None, h.detach())
             flops, kept = block.count()
             left = (deadline - time.perf_counter()) / (len(parts) - i)
             forward, backward = block.time(left) if timed else (0.0, 0.0)
@@ -182,8 +186,9 @@ def measure(
 class _Block:
     """One block on one input, run forward and backward by itself."""
 
-    def __init__(self, part: nn.Module, loss: Callable[[Tensor], Tensor] | None, x: Tensor, *, first: bool) -> None:
-        self.part, self.loss = part, loss
+    def __init__(self, index: int, part: nn.Module, loss: Callable[[Tensor], Tensor] | None, x: Tensor) -> None:
+        first = index == 0
+        self.index, self.part, self.loss = index, part, loss
         self.x = x if first else x.requires_grad_()
         self.leaves = [p for p in part.parameters() if p.requires_grad] + ([] if first else [self.x])
         self.clock = Clock(x.device)
@@ -191,8 +196,15 @@ class _Block:
 
     def forward(self) -> Tensor:
         out = self.part(self.x)
+        if self.loss is not None:  # of the last block, whose output is its own business
+            return self.loss(out)
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"DDG: block {self.index}, which ends in {last_layer(self.part)}, returned a {type(out).__name__}, but "
+                "only one tensor can cross a cut; return a tensor, or give `cuts` elsewhere"
+            )
         self.output = out.detach()
-        return out if self.loss is None else self.loss(out)
+        return out
 
     def backward(self, out: Tensor) -> None:
         if out.requires_grad:

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastbp.chain import Chain, Residual
+from fastbp.knobs import nearest
 
-_HEAD_NAMES = ("head", "heads", "fc", "classifier", "last_linear", "head_dist")
+_HEAD_NAMES = ("head", "heads", "head_dist", "heads_dist", "classifier", "classifiers", "last_linear")  # not `fc`
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -24,7 +25,7 @@ class Unit:
     parameters: tuple[nn.Parameter, ...]
 
 
-def droppable_units(model: nn.Module, unit: str) -> list[Unit]:
+def droppable_units(model: nn.Module, unit: str, names: Sequence[str] = ()) -> list[Unit]:
     """All units of a model but the head's, in registration order.
 
     The order does not depend on parametrizations (a parametrized weight stands where the plain one stood), on what is
@@ -34,12 +35,13 @@ def droppable_units(model: nn.Module, unit: str) -> list[Unit]:
     Args:
         model: any module.
         unit: `tensor`, `layer`, `block`, or `prefix` (cut between layers).
+        names: of the head; see `head_parameters`.
 
     Raises:
-        ValueError: nothing would be left to drop.
+        ValueError: nothing would be left to drop, or a name is wrong.
     """
     plain = unwrapped(model)
-    head = head_parameters(plain)
+    head = head_parameters(plain, names)
     named = _once(named_parameters(plain))
     groups: dict[str, list[nn.Parameter]] = {}
     for key, (_, _, parameter) in zip(_keys(plain, named, unit, head), named, strict=True):
@@ -59,15 +61,26 @@ def droppable_units(model: nn.Module, unit: str) -> list[Unit]:
     return units
 
 
-def head_parameters(model: nn.Module) -> set[int]:
-    """The ids of the classifier's parameters, which are never dropped.
+def head_parameters(model: nn.Module, names: Sequence[str] = ()) -> set[int]:
+    """The ids of the parameters that are never dropped.
 
-    The head is the part (or parts) that timm's `get_classifier()` names, a direct child with a usual name (head, fc,
-    classifier, ...), the head of a `Chain`; otherwise, or where those own no parameter, the last module that does.
+    By rule they are those of the classifier's last layer: of the part (or each of the parts) that timm's
+    `get_classifier()` and `pretrained_cfg["classifier"]` name, of the head of a `Chain`, of the direct children with a
+    usual name (head, heads, classifier, ...); otherwise, or where those own no parameter, of the whole model, in order
+    of registration. Of a ModuleList or ModuleDict every member is a head.
+
+    Args:
+        model: any module.
+        names: paths of submodules, all of whose parameters are taken instead of the rule's.
+
+    Raises:
+        ValueError: the model has no parameters, or no such submodule with parameters.
     """
     model = unwrapped(model)
+    if names:
+        return {id(p) for part in _submodules(model, names) for p in part.parameters()}
     for parts in _head_candidates(model):
-        layers = [_last_layer(part) for part in parts if any(True for _ in part.parameters())]
+        layers = [layer for part in parts for layer in _last_layers(part)]
         if layers:
             return {id(p) for layer in layers for p in layer.parameters()}
     raise ValueError(f"{type(model).__name__} has no parameters")
@@ -188,20 +201,45 @@ def _plain(path: str) -> str:
     return ".".join(piece for piece in path.split(".") if piece != "_orig_mod")
 
 
+def _submodules(model: nn.Module, names: Sequence[str]) -> list[nn.Module]:
+    """The submodules of these paths, through the levels that torch.compile inserts."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and ".parametrizations." not in f".{path}." and any(True for _ in module.parameters()):
+            found.setdefault(_plain(path), module)
+    for name in names:
+        if name not in found:
+            raise ValueError(
+                f"LayerDropBack.head = {tuple(names)!r}: {type(model).__name__} has no submodule {name!r} "
+                f"with parameters{nearest(name, found)}"
+            )
+    return [found[name] for name in names]
+
+
 def _head_candidates(model: nn.Module) -> Iterator[list[nn.Module]]:
-    get_classifier = getattr(model, "get_classifier", None)
-    if callable(get_classifier):
-        part = get_classifier()
-        yield [p for p in (part if isinstance(part, tuple | list) else [part]) if isinstance(p, nn.Module)]
+    yield _timm_classifiers(model)
     if isinstance(model, Chain):
         yield [model.head]
-    for name, child in model.named_children():
-        if name in _HEAD_NAMES:
-            yield [child]
+    yield [child for name, child in model.named_children() if name in _HEAD_NAMES]
     yield [model]
 
 
-def _last_layer(part: nn.Module) -> nn.Module:
-    """The last module of `part` that owns parameters itself, parametrized ones included."""
+def _timm_classifiers(model: nn.Module) -> list[nn.Module]:
+    """What timm calls the classifier; its two ways to say it are complete only together (RepViT has two in one)."""
+    get_classifier = getattr(model, "get_classifier", None)
+    part = get_classifier() if callable(get_classifier) else None
+    parts = list(part) if isinstance(part, tuple | list) else [part]
+    config = getattr(model, "pretrained_cfg", None)
+    paths = config.get("classifier") if isinstance(config, dict) else None
+    modules = dict(model.named_modules())
+    parts += [modules.get(path) for path in ([paths] if isinstance(paths, str) else paths or ())]
+    return [part for part in parts if isinstance(part, nn.Module)]
+
+
+def _last_layers(part: nn.Module) -> list[nn.Module]:
+    """The last module of `part` that owns parameters itself, parametrized ones included; of a list, of each member."""
+    part = unwrapped(part)
+    if isinstance(part, nn.ModuleList | nn.ModuleDict):
+        return [layer for member in part.children() for layer in _last_layers(member)]
     owners = [path for path, _, _ in named_parameters(part)]
-    return part.get_submodule(owners[-1])
+    return [part.get_submodule(owners[-1])] if owners else []

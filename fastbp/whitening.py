@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 STRUCTURES = ("full", "block", "channel")
 RULES = ("standard", "normalized")
@@ -26,12 +29,14 @@ class Layout:
         blocks: matrices per group, side by side on the diagonal.
         width: features F that one matrix mixes.
         taps: kernel positions that share a matrix.
+        padding: features short in the last block, where blocks of one size do not fit: there D stays 0.
     """
 
     groups: int
     blocks: int
     width: int
     taps: int
+    padding: int = 0
 
     @property
     def matrices(self) -> int:
@@ -39,19 +44,31 @@ class Layout:
 
     def split(self, W: Tensor) -> Tensor:
         """A weight in its own shape as (matrices, rows, F): every row meets one matrix."""
+        if self.padding:
+            W = functional.pad(W.reshape(self.groups, W.shape[0] // self.groups, -1), (0, self.padding))
         rows = W.reshape(self.groups, -1, self.blocks, self.width, self.taps).permute(0, 2, 1, 4, 3)
         return rows.reshape(self.matrices, -1, self.width)
 
     def join(self, rows: Tensor, like: Tensor) -> Tensor:
         """The inverse of `split`, in the shape of `like`."""
         split = rows.reshape(self.groups, self.blocks, -1, self.taps, self.width)
-        return split.permute(0, 2, 1, 4, 3).reshape(like.shape)
+        split = split.permute(0, 2, 1, 4, 3)
+        if self.padding:
+            split = split.flatten(2)[..., : -self.padding]
+        return split.reshape(like.shape)
 
     def rows(self, rows_GnF: Tensor) -> Tensor:
-        """Input rows of the whole groups, (groups, n, blocks x F), as (matrices, n, F)."""
+        """Input rows of the whole groups, (groups, n, features of a group), as (matrices, n, F)."""
         if self.blocks == 1:
             return rows_GnF
-        return rows_GnF.unflatten(2, (self.blocks, self.width)).transpose(1, 2).flatten(0, 1)
+        padded = functional.pad(rows_GnF, (0, self.padding)) if self.padding else rows_GnF
+        return padded.unflatten(2, (self.blocks, self.width)).transpose(1, 2).flatten(0, 1)
+
+    def without_padding(self, D: Tensor) -> Tensor:
+        """D with zeros in the rows that are padding, changed in place; in their columns the rule leaves zeros."""
+        if self.padding:
+            D.unflatten(0, (self.groups, self.blocks))[:, -1, -self.padding :] = 0.0
+        return D
 
 
 def layout(weight: Tensor, groups: int, structure: str, block_size: int) -> Layout:
@@ -61,7 +78,8 @@ def layout(weight: Tensor, groups: int, structure: str, block_size: int) -> Layo
         weight: (outputs, channels per group, *kernel).
         groups: groups of the convolution, 1 for a linear layer.
         structure: `full`, one matrix over all inputs of a group; `block`, square blocks of whole channels, the widest
-            of equal size that are at most `block_size` wide (a channel's kernel positions are never parted);
+            of equal size that are at most `block_size` wide (a channel's kernel positions are never parted); where
+            these would be less than half as wide as they may, as of a prime number of channels, the last is smaller;
             `channel`, one matrix over the channels, shared by the kernel positions.
         block_size: features, for `block`.
     """
@@ -70,9 +88,12 @@ def layout(weight: Tensor, groups: int, structure: str, block_size: int) -> Layo
         return Layout(groups, 1, channels, taps)
     together = channels
     if structure == "block":
-        fit = [c for c in range(1, channels + 1) if channels % c == 0 and c * taps <= block_size]
-        together = max(fit, default=1)
-    return Layout(groups, channels // together, together * taps, 1)
+        widest = min(max(1, block_size // taps), channels)
+        together = max(c for c in range(1, widest + 1) if channels % c == 0)
+        if 2 * together < widest:
+            together = -(-channels // -(-channels // widest))
+    blocks = -(-channels // together)
+    return Layout(groups, blocks, together * taps, 1, (blocks * together - channels) * taps)
 
 
 class Decorrelation(nn.Module):
@@ -87,11 +108,20 @@ class Decorrelation(nn.Module):
     def __init__(self, layout: Layout, weight: Tensor) -> None:
         super().__init__()
         self.layout = layout
+        self.in_weight = True  # false inside a call whose input has met R already
         shape = (layout.matrices, layout.width, layout.width)
         self.register_buffer("D", torch.zeros(shape, dtype=master_dtype(weight), device=weight.device))
 
     def forward(self, W: Tensor) -> Tensor:
+        if not self.in_weight:
+            return W
         return W + self.layout.join(torch.bmm(self.layout.split(W), self.D.to(W.dtype)), W)
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """R x for every row of the input (..., features) of a linear layer."""
+        rows = self.layout.rows(x.reshape(1, -1, x.shape[-1]))
+        moves = torch.bmm(rows, self.D.mT.to(x.dtype)).transpose(0, 1).flatten(1)
+        return x + moves[:, : x.shape[-1]].reshape(x.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decorrelation:
         """Moves with the model, but `half()` and `bfloat16()` leave the precision: small updates would round away."""
@@ -100,6 +130,36 @@ class Decorrelation(nn.Module):
         if self.D.dtype in (torch.float16, torch.bfloat16):
             self.D = before.to(self.D.device)
         return self
+
+
+def decorrelation_of(layer: nn.Module) -> Decorrelation:
+    """The matrix of a bound layer."""
+    return next(part for part in layer.parametrizations.weight if isinstance(part, Decorrelation))  # type: ignore[union-attr]
+
+
+def meet_few_rows(layer: nn.Linear) -> list[RemovableHandle]:
+    """Applies R to the rows of an input instead of to the weight where these are fewer than the layer's outputs.
+
+    W (R x) costs 4 n F^2 with its backward, (W R) x 4 o F^2: a wide linear layer on a small batch is cheaper this way.
+    """
+
+    outputs = layer.out_features
+
+    def before(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[Any, Any] | None:
+        x = args[0] if args else kwargs["input"]
+        if x.shape[:-1].numel() >= outputs:
+            return None
+        matrix = decorrelation_of(layer)  # the layer's own: a copy of the model has copies of both, with these hooks
+        matrix.in_weight = False
+        return (matrix.of_rows(x),), {}
+
+    def after(layer: nn.Module, args: Any, output: Any) -> None:
+        decorrelation_of(layer).in_weight = True
+
+    return [
+        layer.register_forward_pre_hook(before, with_kwargs=True),
+        layer.register_forward_hook(after, always_call=True),
+    ]
 
 
 def master_dtype(weight: Tensor) -> torch.dtype:
@@ -221,14 +281,26 @@ def directions(rule: Rule, rows: Sequence[Tensor], Ds: Sequence[Tensor]) -> list
     return out
 
 
-def decorrelation_loss(rows_MnF: Tensor, D: Tensor, kappa: float) -> Tensor:
-    """((1-kappa) sum C_ij^2 + kappa sum (K_ii - 1)^2) / F^2, summed over matrices: a scalar tensor."""
+def decorrelation_losses(rows_MnF: Tensor, D: Tensor, kappa: float, padding: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """How far the second moment K of R x is from the identity, summed over matrices: three scalar tensors.
+
+    Args:
+        rows_MnF: the sample, in the precision of D.
+        D: (matrices, F, F).
+        kappa: weight of the variances.
+        padding: features, over all matrices, that are none: their variance is no deviation.
+
+    Returns:
+        (1-kappa) off + kappa variance, off = sum C_ij^2 / F^2, variance = sum (K_ii - 1)^2 / F^2.
+    """
     n, width = rows_MnF.shape[1:]
     Z = rows_MnF + rows_MnF @ D.mT
     K = Z.mT @ Z / n
     diagonal = K.diagonal(dim1=1, dim2=2)
-    off = K.square().sum() - diagonal.square().sum()
-    return ((1 - kappa) * off + kappa * (diagonal - 1).square().sum()) / width**2
+    variance = ((diagonal - 1).square().sum() - padding) / width**2
+    diagonal.zero_()
+    off = K.square().sum() / width**2
+    return (1 - kappa) * off + kappa * variance, off, variance
 
 
 def top_eigenvalue(rows_MnF: Tensor, iterations: int = 8) -> Tensor:

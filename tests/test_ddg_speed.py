@@ -30,14 +30,23 @@ def test_the_benchmark_times_every_candidate_and_holds_schedule_and_memory_again
     for row in found["memory"]:
         assert 0.85 < row["ratio"] < 1.02, f"{row['name']}, module {row['module']}: {row['bytes']} bytes, {row}"
 
-    # T20: a batch takes as long as the slowest module. Receiving early, or a barrier, would take a third more.
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from naps import NAPS, seconds_per_batch
-
     (row,) = found["naps"]
-    assert [row[name] for name in ("lazy", "eager", "barrier")] == pytest.approx([0.12, 0.16, 0.16])
-    ratios = [row["ratio"]]
-    while ratios[-1] >= 1.2 and len(ratios) < 3:  # a busy machine wakes sleepers late
-        ratios.append(seconds_per_batch(NAPS[0][1], 8) / row["lazy"])
+    assert row["ratio"] > 0.99, f"faster than its slowest module: {row}"
+
+
+@pytest.mark.long
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "schedules"), [(0, [0.12, 0.16, 0.16]), (2, [0.14, 0.18, 0.21])], ids=["K=2", "K=3"])
+def test_a_batch_takes_as_long_as_the_slowest_module(which, schedules, monkeypatch):  # T20
+    """Receiving early, or a barrier, would take a third more; for three modules that differ, 29 % and half more."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from naps import NAPS, predicted, seconds_per_batch
+
+    naps = NAPS[which][1]
+    want = predicted(naps)
+    assert [want[name] for name in ("lazy", "eager", "barrier")] == pytest.approx(schedules)
+    ratios = []
+    while len(ratios) < 3 and (not ratios or ratios[-1] >= 1.2):  # a busy machine wakes sleepers late
+        ratios.append(seconds_per_batch(naps, 8) / want["lazy"])
     assert min(ratios) < 1.2, f"time per batch over that of the slowest module: {ratios}"
     assert min(ratios) > 0.99, f"faster than its slowest module: {ratios}"

@@ -175,6 +175,8 @@ OPTIMIZERS = {
     "adam foreach": lambda ps: torch.optim.Adam(ps, 0.1, weight_decay=0.1, foreach=True),
     "adamw foreach": lambda ps: torch.optim.AdamW(ps, 0.1, weight_decay=0.1, foreach=True),
     "adamw fused": lambda ps: torch.optim.AdamW(ps, 0.1, weight_decay=0.1, fused=True),
+    "rmsprop": lambda ps: torch.optim.RMSprop(ps, 0.01, momentum=0.9, weight_decay=0.1),
+    "nadam": lambda ps: torch.optim.NAdam(ps, 0.01, weight_decay=0.1),
 }
 
 

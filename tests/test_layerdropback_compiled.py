@@ -79,3 +79,16 @@ def test_a_pool_of_four_makes_five_variants_of_a_compiled_model(graphs):  # I15
     masks = equals_eager(model, plain, LayerDropBack(pool=4), epochs=(0, 2))
     assert masks == 5, f"{masks} masks: four patterns and none"
     assert len(compiled) <= 5, f"{len(compiled)} graphs of the whole model for 5 masks"
+
+
+def test_equal_blocks_under_a_cut_share_few_graphs(graphs):  # I15
+    """One for a block below the cut, one with it just below, one per place inside, one for a block above: n + 2."""
+    compiled, backend = graphs
+    plain = vit(depth=3)
+    model = copy.deepcopy(plain)
+    for block in model.blocks:
+        block.compile(backend=backend)
+    masks = equals_eager(model, plain, LayerDropBack(unit="prefix"))
+    layers = sum(any(True for _ in m.parameters(recurse=False)) for m in plain.blocks[0].modules())
+    assert masks > 10, f"only {masks} cuts"
+    assert len(compiled) <= layers + 2, f"{len(compiled)} graphs of blocks of {layers} layers"

@@ -217,3 +217,51 @@ def test_a_cut_beyond_the_net_is_refused():
         ValueError, match=r"^DDG\.cuts = \(9,\): this Sequential has 3 blocks; the last cut is below that"
     ):
         DDG(cuts=[9]).bind(busy_net(1, 1, 1), cross_entropy)
+
+
+class _Pair(nn.Module):
+    """Returns two tensors, or adds the two that it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return sum(x) if isinstance(x, tuple) else (self.layer(x), x)
+
+
+def test_a_block_that_returns_no_tensor_is_refused_by_name_while_it_is_measured():
+    net = nn.Sequential(nn.Linear(4, 4), _Pair(), _Pair(), nn.Linear(4, 3))
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    with pytest.raises(TypeError) as caught:
+        DDG(modules=2, split="flops").bind(net, cross_entropy).prepare(x, y)
+    assert str(caught.value) == (
+        "DDG: block 1, which ends in _Pair, returned a tuple, but only one tensor can cross a cut; return a tensor, or "
+        "give `cuts` elsewhere"
+    )
+    estimator = DDG(modules=2, cuts=(3,)).bind(net, cross_entropy)
+    assert estimator.backward(x, y).isfinite(), "within a module a tuple is the model's own business"
+
+
+def test_the_last_block_may_return_what_the_loss_takes():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), _Pair())
+    estimator = DDG(modules=2, split="flops").bind(net, lambda out, y: cross_entropy(out[0] + out[1], y))
+    x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    estimator.prepare(x, y)
+    assert estimator.cutter.cuts is not None
+    assert estimator.backward(x, y).isfinite()
+
+
+def test_the_memory_cap_holds_for_one_module_too_but_not_for_the_control():
+    net, loss_fn = busy_net(4, 4, 4, 4), lambda out, y: out.sum()
+    x, y = torch.randn(64, 96), torch.zeros(64)
+    need = module_bytes(measure(net, loss_fn, x, y, timed=False), 1, "stash", 0, 0, 4)
+    fits = DDG(modules=1, max_memory_bytes=need).bind(net, loss_fn)
+    fits.prepare(x, y)
+    assert fits.cutter.cuts == ()
+    assert fits.backward(x, y).isfinite()
+    capped = DDG(modules=1, max_memory_bytes=need - 1)
+    message = rf"^DDG\.max_memory_bytes = {need - 1}: the whole net needs more; raise it, use more modules or a smaller"
+    with pytest.raises(ValueError, match=message):
+        capped.bind(net, loss_fn).prepare(x, y)
+    assert DDG(modules=2, max_memory_bytes=need - 1).exact(net) == DDG(modules=1), "plain backprop is cut nowhere"

@@ -5,8 +5,9 @@ Idea        A layer applies W R x instead of W x. R starts at the identity and i
 Exact when  decor_lr = 0 (R stays the identity to the bit; the statistics are still computed: the control arm).
 Needs       Linear and Conv2d layers that are called as modules, timm's convolutions with "same" padding or standardised
             weights included. Wraps `inner`. Pretrained weights are loaded before `bind`.
-Cost        Per layer of input width F, output width o and n sampled rows: 4 o F^2 for W R and its backward; per update
-            of R, 6 n F^2 (n < F), 4 n F^2 + 2 F^3 (n <= 2 F) or 2 n F^2 + 6 F^3. Memory F^2 per layer (fp32).
+Cost        Per layer of input width F, output width o and n sampled rows: 4 o F^2 for W R and its backward (4 F^2 per
+            row of the batch in a linear layer with fewer rows than outputs, where R meets the rows); per update of R,
+            6 n F^2 (n < F), 4 n F^2 + 2 F^3 (n <= 2 F) or 2 n F^2 + 6 F^3. Memory F^2 per layer (fp32).
             structure = block divides that by F / block_size, channel by the square of the kernel positions.
 Departs     W R is folded into the weight (same mathematics, one layer call); bias and padding_mode are kept; samples
             are drawn without replacement, at least one; the variance term scales rows of R, as the paper's rule says
@@ -50,13 +51,17 @@ from fastbp.whitening import (
     Layout,
     Rule,
     bracket,
+    decorrelation_losses,
+    decorrelation_of,
     directions,
     gain,
     layout,
+    meet_few_rows,
     top_eigenvalue,
 )
 
 _SAFE_STEP = 0.5  # decor_lr x top eigenvalue of the off-diagonal second moment; the rule diverges above 2
+_LOSSES = ("loss", "off_diagonal", "variance", "loss_of_input")
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class DecorrelatedBP(Method):
     after its last batch. On a `DistributedDataParallel` model the update is averaged over the ranks, whose matrices
     stay equal. For a moving average of the weights, average `plain_state_dict(model)`: the mean of W R is not the mean
     of W times the mean of R.
+
+    `estimator.report(x)` lists for every layer what it costs and, on a batch x, how far R x is from white.
 
     Attributes:
         decor_lr: step size of R, `R <- R - decor_lr M R`; 1e-4 in the authors' configurations.
@@ -144,7 +151,8 @@ class DecorrelatedBP(Method):
             width=lambda layer: self._layout(layer).width,
             who="DecorrelatedBP",
         )
-        return _DecorrelatedBP(self, self.inner.bind(model, loss_fn), layers)
+        loss = _EndOfForward(loss_fn)
+        return _DecorrelatedBP(self, self.inner.bind(model, loss), layers, loss)
 
     def _layout(self, layer: Layer) -> Layout:
         return layout(layer.weight, groups_of(layer), self.structure, self.block_size)
@@ -176,14 +184,18 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
 class _DecorrelatedBP(WrappingEstimator):
     method: DecorrelatedBP
 
-    def __init__(self, method: DecorrelatedBP, inner: GradientEstimator, layers: dict[str, Layer]) -> None:
+    def __init__(
+        self, method: DecorrelatedBP, inner: GradientEstimator, layers: dict[str, Layer], loss: _EndOfForward
+    ) -> None:
         super().__init__(method, inner)
+        loss.reached = self._forward_ends
         self.layers = layers
         self.rule = Rule(method.decor_lr, method.kappa, method.rule, method.center, method.gain)
         self.step = 0
         self.period = math.lcm(self.period, method.interval)
         self.orders = {path: list(layer._parameters) for path, layer in layers.items()}
         self.kept: dict[str, list[Tensor]] = {}
+        self.seen: frozenset[str] = frozenset()  # layers that the forward sampled, once it is over
         self.chosen: dict[int, Tensor] = {}  # this step's sample, by number of rows
         self._choose: Callable[[int], Tensor] = torch.compiler.disable(self._draw)  # type: ignore[assignment]
         self.totals: set[int] = set()  # numbers of rows met in the last sampled step
@@ -201,6 +213,8 @@ class _DecorrelatedBP(WrappingEstimator):
                     layer, "weight", Decorrelation(matrices, layer.weight), unsafe=True
                 )
             self.hooks.append(layer.register_forward_pre_hook(self._keep(path), with_kwargs=True))
+            if isinstance(layer, nn.Linear):  # after the hook that keeps x, as R learns from what it has not met
+                self.hooks += meet_few_rows(layer)
         self.ranks_of = _data_parallel(inner.model)
         if self.ranks_of is not None:  # every rank has all of D: broadcasting it with each forward would be in vain
             names = {id(buffer): name for name, buffer in self.ranks_of.module.named_buffers()}
@@ -217,6 +231,7 @@ class _DecorrelatedBP(WrappingEstimator):
                 self._update()
         finally:
             self.sampling = False
+            self.seen = frozenset()
             self.kept.clear()
             self.chosen.clear()
         self.step += 1
@@ -242,7 +257,8 @@ class _DecorrelatedBP(WrappingEstimator):
                 finite = move.sum().isfinite()  # a batch that overflows, as under a GradScaler, would end R for good
                 if self.method.preserve_function:
                     self._absorb(self.layers[path], matrix, sample, grown, finite)
-                matrix.D = torch.where(finite, self.rule.next_D(matrix.D, move, grown), matrix.D)
+                D = torch.where(finite, self.rule.next_D(matrix.D, move, grown), matrix.D)
+                matrix.D = matrix.layout.without_padding(D)
 
     def _rows(self, path: str, matrix: Decorrelation) -> Tensor:
         """The kept inputs of a layer as rows (matrices, n, F); a layer that was called twice has rows of both calls."""
@@ -271,12 +287,22 @@ class _DecorrelatedBP(WrappingEstimator):
 
     def _keep(self, path: str):
         def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            if self.sampling and layer.training and torch.is_grad_enabled() and not measuring():
+            learns = self.sampling and layer.training and torch.is_grad_enabled() and not measuring()
+            if learns and path not in self.seen:  # activation checkpointing runs layers again: once is enough
                 self.kept.setdefault(path, []).append(
                     self._sample(layer, (args[0] if args else kwargs["input"]).detach())
                 )
 
         return hook
+
+    def _note(self, path: str):
+        def hook(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            self.kept.setdefault(path, []).append(self._sample(layer, (args[0] if args else kwargs["input"]).detach()))
+
+        return hook
+
+    def _forward_ends(self) -> None:
+        self.seen = frozenset(self.kept)
 
     def _sample(self, layer: nn.Module, x: Tensor) -> Tensor:
         if isinstance(layer, nn.Linear):
@@ -324,8 +350,17 @@ class _DecorrelatedBP(WrappingEstimator):
                 stacklevel=3,
             )
 
-    def report(self) -> list[dict[str, Any]]:
-        """One row per layer: F, matrices, bytes of R, rows of the last sample, step x top eigenvalue, rms of D."""
+    def report(self, x: Tensor | None = None) -> list[dict[str, Any]]:
+        """One row per layer: F, matrices, bytes of R, rows of the last sample, step x top eigenvalue, rms of D.
+
+        Args:
+            x: a batch of inputs; its sample, in evaluation mode, adds how far R x is from white, and leaves no trace:
+                `off_diagonal` = sum of C_ij^2 / F^2, `variance` = sum of (K_ii - 1)^2 / F^2, `loss` = (1-kappa) times
+                the one plus kappa times the other, and `loss_of_input`, which is the loss at R = I. None for a layer
+                that the model does not call.
+        """
+        losses: dict[str, dict[str, Any]] = {} if x is None else self._losses(x)
+        none: dict[str, Any] = {} if x is None else dict.fromkeys(_LOSSES)
         return [
             {
                 "layer": path,
@@ -335,9 +370,37 @@ class _DecorrelatedBP(WrappingEstimator):
                 "rows": self.sizes.get(path, 0),
                 "step_x_top_eigenvalue": self.method.decor_lr * self.top[path].item() if path in self.top else None,
                 "rms_D": D.square().mean().sqrt().item(),
+                **losses.get(path, none),
             }
             for path, layer in self.layers.items()
         ]
+
+    def _losses(self, x: Tensor) -> dict[str, dict[str, float]]:
+        """The losses of every layer that a forward in evaluation mode calls."""
+        before = self.kept, self.totals, self.chosen
+        self.kept, self.totals, self.chosen = {}, set(), {}
+        modes = [(module, module.training) for module in self.model.modules()]
+        notes = [(layer, self._note(path)) for path, layer in self.layers.items()]
+        hooks = [layer.register_forward_pre_hook(note, prepend=True, with_kwargs=True) for layer, note in notes]
+        try:
+            with self.whole() as model:
+                model.eval()(x)  # with a graph: without one torch's encoder layers call none of their parts
+            with torch.autocast(self.generator.device.type, enabled=False), torch.no_grad():
+                return {path: self._losses_of(path) for path in self.kept}
+        finally:
+            self.kept, self.totals, self.chosen = before
+            for hook in hooks:
+                hook.remove()
+            for module, training in modes:
+                module.training = training
+
+    def _losses_of(self, path: str) -> dict[str, float]:
+        matrix = decorrelation_of(self.layers[path])
+        rows = self.rule.prepare(self._rows(path, matrix), matrix.D)
+        padding = matrix.layout.padding * matrix.layout.groups
+        found = decorrelation_losses(rows, matrix.D, self.method.kappa, padding)
+        plain = decorrelation_losses(rows, torch.zeros_like(matrix.D), self.method.kappa, padding)
+        return dict(zip(_LOSSES, map(Tensor.item, (*found, plain[0])), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """The matrices themselves are buffers of the model and travel in its state dict."""
@@ -359,9 +422,16 @@ class _DecorrelatedBP(WrappingEstimator):
         return model
 
 
-def decorrelation_of(layer: nn.Module) -> Decorrelation:
-    """The matrix of a bound layer."""
-    return next(part for part in layer.parametrizations.weight if isinstance(part, Decorrelation))  # type: ignore[union-attr]
+class _EndOfForward:
+    """A loss that says when it is asked for: the forward is over then, and what runs again is recomputation."""
+
+    def __init__(self, loss_fn: LossFn) -> None:
+        self.loss_fn = loss_fn
+        self.reached: Callable[[], None] = lambda: None
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        self.reached()
+        return self.loss_fn(output, y)
 
 
 def _data_parallel(model: nn.Module) -> DistributedDataParallel | None:

@@ -3,10 +3,13 @@
 Idea        The forward pass and the error signal stay whole; only weight gradients are left out. In those epochs the
             learning rate, and optionally the batch, is larger.
 Exact when  mask = False (the control arm: learning-rate and batch plan stay), or drop_rate = 0.
-Needs       Any model. Wraps `inner`. Checkpointed activations with use_reentrant=False; DistributedDataParallel with
-            find_unused_parameters=True.
-Cost        Saves at most drop_rate x the weight gradients' share (about 1/3) of the dropping epochs: 8 % of a run at
-            the defaults. A larger batch saves time too, by itself: compare with the control.
+Needs       Any model. Wraps `inner`. The head always learns: name it in `head` where the rule (fastbp.units) misses it.
+            Checkpointed activations with use_reentrant=False; DistributedDataParallel with find_unused_parameters=True.
+Cost        A coin per unit saves drop_rate x the weight gradients' share (about 1/3) of the dropping epochs, 8 % of
+            a run at the defaults; of the input gradients only the few below the lowest kept unit. `prefix` saves both
+            below its cut: about drop_rate x 2/3, where the layers cost alike. A larger batch saves time too, by itself:
+            compare with the control. Counted FLOPs are a mean over all masks, or over 16 that stand for them: every
+            unit is dropped as often as the drop_rate says, to a sixteenth.
 Departs     Learning rate times exactly 1/(1-p) (the authors' code: 2, or 1/(1-p+1e-6)); all parameter groups keep
             their ratios; parameters frozen by the user stay frozen; the mask is a pure function of
             (seed, epoch, optimizer step, unit); default unit `layer`, the authors' code drops single tensors
@@ -16,7 +19,8 @@ Departs     Learning rate times exactly 1/(1-p) (the authors' code: 2, or 1/(1-p
             learning rate. Nor is `pool`: steps choose from a few fixed masks, so that few graphs are compiled.
 Not for     Saving memory (but `prefix` keeps no activation below its cut); compute-bound training where 8 % is not
             worth the noise; torch.compile of a whole model without `pool`: every mask recompiles, until torch gives
-            up and runs eagerly (equal blocks compiled one by one, with unit `block`, share at most four graphs).
+            up and runs eagerly (equal blocks compiled one by one share graphs: at most four with unit `block`, two
+            more than a block has layers with `prefix`).
 Reference   Hershkovitch Neiterman, Ben-Artzi (2024), arXiv:2412.18027.
 """
 
@@ -34,7 +38,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastbp.knobs import Choice, Uniform, require
-from fastbp.masks import dropped_mask, fitting_pool, pool_masks, pool_pattern, prefix_mask, prefix_top
+from fastbp.masks import (
+    dropped_mask,
+    evenly,
+    fitting_pool,
+    pool_masks,
+    pool_pattern,
+    prefix_mask,
+    prefix_top,
+    stratified_masks,
+)
 from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method, WrappingEstimator, parts
 from fastbp.methods.backprop import Backprop
 from fastbp.methods.ddg import DDG
@@ -42,6 +55,7 @@ from fastbp.units import Unit, droppable_units, head_parameters, unwrapped, wrap
 
 _STEPS_AT_ONCE = 64  # masks are drawn for this many steps in one vectorised call
 _PREFIX_CAP = 4.0  # largest gradient scale of a `prefix` unit
+_TYPICAL = 16  # masks at most that FLOPs are averaged over
 _LOSSES_LOOKED_AT = 100  # for reentrant checkpointing, at most: a mask may hide it, a step without one does not
 
 
@@ -62,6 +76,8 @@ class LayerDropBack(Method):
         batch_scale: batch-size factor in dropping epochs; 2 in the authors' fine-tuning code, 1 in the other.
         pool: M > 0: steps choose from M fixed masks, each unit dropped by exactly p M of them; 0: a coin per unit.
         seed: of the masks; independent of every other random number.
+        head: paths of the submodules that always learn, such as ("fc", "aux.fc"); (): the classifier's last layer by
+            the rule of `fastbp.units.head_parameters`, which a net with an unusual head may need to be told.
         mask: False keeps the plan (epochs, learning rate, batch) and drops nothing: the control arm.
         inner: the method that computes the gradient of the kept layers.
     """
@@ -73,11 +89,16 @@ class LayerDropBack(Method):
     batch_scale: Annotated[float, Choice((1.0, 2.0))] = 2.0
     pool: int = 0
     seed: int = 0
+    head: tuple[str, ...] = ()
     mask: bool = True
     inner: Method = Backprop()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.head, list):
+            object.__setattr__(self, "head", tuple(self.head))
+        named = isinstance(self.head, tuple) and all(isinstance(name, str) for name in self.head)
+        require(self, "head", named, "must be a list of submodules, such as ['fc']; [] is the rule")
         require(self, "drop_rate", 0 <= self.drop_rate < 1, "must be in [0, 1): at 1 nothing would learn")
         require(self, "every_epochs", self.every_epochs >= 1, "must be at least 1")
         require(self, "batch_scale", self.batch_scale > 0, "must be positive; 1 keeps the batch size")
@@ -98,8 +119,8 @@ class LayerDropBack(Method):
                 "LayerDropBack(unit='prefix') on DDG: a cut scales the gradients of its own batch, "
                 "DDG's are of older ones; use another unit"
             )
-        droppable_units(model, self.unit)  # refuses before the inner method touches the model
-        head = head_parameters(model)
+        droppable_units(model, self.unit, self.head)  # refuses before the inner method touches the model
+        head = head_parameters(model, self.head)
         if not any(p.requires_grad for p in model.parameters() if id(p) in head):
             raise ValueError(
                 f"LayerDropBack: the head of this {type(unwrapped(model)).__name__} is frozen, so a step that drops "
@@ -149,18 +170,19 @@ class _LayerDropBack(WrappingEstimator):
     def __init__(self, method: LayerDropBack, inner: GradientEstimator, loss: _RefusingReentrant) -> None:
         super().__init__(method, inner)
         self.loss = loss
-        self.units = droppable_units(inner.model, method.unit)  # after the inner surgery: the same parameters
+        self.units = droppable_units(inner.model, method.unit, method.head)  # the same parameters as before the surgery
         sizes = [max(p.numel() for p in unit.parameters) for unit in self.units]
         self.pool = pool_masks(method.seed, sizes, method.drop_rate, method.pool) if method.pool else None
         self.epoch = self.step = 0
         self.dropping = False
         self.dropped: list[bool] = []
+        self.told: list[bool] | None = None  # the mask of every step from now on, by `choose`
         self.left: list[tuple[nn.Parameter, int, int]] = []
         self.drawn: list[list[bool]] = []  # masks of `_STEPS_AT_ONCE` steps, the first of them `drawn_from`
         self.drawn_from = -1
 
     def start_epoch(self, epoch: int) -> EpochPlan:
-        self.epoch, self.step, self.drawn_from, self.left = epoch, 0, -1, []
+        self.epoch, self.step, self.drawn_from, self.left, self.told = epoch, 0, -1, [], None
         self.dropping = self.method.is_dropping(epoch)
         plan = super().start_epoch(epoch)
         if not self.dropping:
@@ -207,6 +229,8 @@ class _LayerDropBack(WrappingEstimator):
 
     def _masks_of_step(self) -> list[bool]:
         """This step's decision for every unit; head units are never dropped."""
+        if self.told is not None:
+            return self.told
         offset = self.step - self.drawn_from
         if self.drawn_from < 0 or offset >= _STEPS_AT_ONCE:
             self.drawn_from, offset = self.step, 0
@@ -222,6 +246,26 @@ class _LayerDropBack(WrappingEstimator):
             return prefix_mask(method.seed, self.epoch, steps, len(self.units), method.drop_rate)
         indices = torch.tensor([unit.index for unit in self.units])
         return dropped_mask(method.seed, self.epoch, steps, indices, method.drop_rate)
+
+    @property
+    def variants(self) -> int:  # type: ignore[override]
+        return len(self._typical()) if self.dropping and self.method.mask else super().variants
+
+    def choose(self, variant: int) -> None:
+        if self.dropping and self.method.mask:
+            self.told = self._typical()[variant].tolist()
+        else:
+            super().choose(variant)
+
+    def _typical(self) -> Tensor:
+        """Few masks whose mean work is the expected work: bool, shape (masks, U); all masks where they are few."""
+        method = self.method
+        if self.pool is not None:
+            return self.pool[evenly(len(self.pool), _TYPICAL)]
+        if method.unit == "prefix":
+            cuts = evenly(prefix_top(len(self.units), method.drop_rate) + 1, _TYPICAL)
+            return torch.arange(len(self.units)) < cuts[:, None]
+        return stratified_masks(len(self.units), method.drop_rate, _TYPICAL)
 
     def _compensation(self) -> list[RemovableHandle]:
         """Hooks that scale what this call adds to the gradients of a `prefix`'s kept units by 1/(1-p_l)."""

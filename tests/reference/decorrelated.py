@@ -97,3 +97,44 @@ def patches(layer: nn.Conv2d, x: Tensor) -> list[Tensor]:
                     group.append(patch.reshape(-1))
         rows.append(torch.stack(group))
     return rows
+
+
+class OptimizerSide:
+    """The same method outside the model: the layers hold A = W R; W, R and the optimizer of W are kept beside them."""
+
+    def __init__(self, model: nn.Sequential, make_optimizer, eps: float, kappa: float) -> None:
+        self.model, self.eps, self.kappa = model, eps, kappa
+        self.layers = [layer for layer in model if isinstance(layer, nn.Linear | nn.Conv2d)]
+        self.W = [nn.Parameter(layer.weight.detach().clone()) for layer in self.layers]
+        weights = {id(layer.weight) for layer in self.layers}
+        others = [p for p in model.parameters() if id(p) not in weights]
+        self.R = []
+        for layer in self.layers:
+            one = torch.eye(layer.weight[0].numel(), dtype=layer.weight.dtype)
+            self.R.append(torch.stack([one] * getattr(layer, "groups", 1)))
+        self.optimizer = make_optimizer([*self.W, *others])
+
+    def step(self, x: Tensor, y: Tensor, loss_fn) -> float:
+        """One step of the optimizer on W and the rest, then one update of every R; returns the loss."""
+        inputs: list[Tensor] = []
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach())) for layer in self.layers
+        ]
+        self.model.zero_grad()
+        loss = loss_fn(self.model(x), y)
+        loss.backward()
+        for hook in hooks:
+            hook.remove()
+        for layer, W, R in zip(self.layers, self.W, self.R, strict=True):
+            gA = layer.weight.grad.reshape(len(R), -1, R.shape[-1])
+            W.grad = (gA @ R.mT).reshape(W.shape)
+        self.optimizer.step()
+        for i, (layer, W) in enumerate(zip(self.layers, self.W, strict=True)):
+            rows = patches(layer, inputs[i]) if isinstance(layer, nn.Conv2d) else [inputs[i]]
+            z = [part @ R.T for part, R in zip(rows, self.R[i], strict=True)]
+            self.R[i] = torch.stack(
+                [whiten(R, z_g.T @ z_g / len(z_g), self.eps, self.kappa) for R, z_g in zip(self.R[i], z, strict=True)]
+            )
+            A = W.detach().reshape(len(self.R[i]), -1, self.R[i].shape[-1]) @ self.R[i]
+            layer.weight.data.copy_(A.reshape(W.shape))
+        return loss.item()
