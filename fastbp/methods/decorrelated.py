@@ -18,6 +18,10 @@ Departs     W R is folded into the weight (same mathematics, one layer call); bi
 Not for     Wide inputs with small batches (F^2 dominates: 3x3 convolutions of late layers on small images; use
             structure = block); inputs with a large mean, unless decor_lr is far below 2 over the top eigenvalue of the
             second moment or center is set; the qkv of BEiT, EVA-02 and SwinV2, whose weight is read without a call.
+            Short trainings of small nets: ResNet-20, 2048 images of 16 px, 5 epochs, one CPU thread, 3 seeds
+            (sweeps/decorrelation_strengths.yaml): 0.61 times as fast as backprop with an update in every step, 0.88
+            with one in 16, no clear difference in accuracy; at equal learning rate decor_lr = 1e-3 adds 1.2 points
+            [0.3, 2.1] to 0, which is not clear after correction either.
 Reference   Dalm, Offergeld, Ahmad, van Gerven (2024), arXiv:2405.02385.
 """
 

@@ -20,7 +20,10 @@ Departs     Learning rate times exactly 1/(1-p) (the authors' code: 2, or 1/(1-p
 Not for     Saving memory (but `prefix` keeps no activation below its cut); compute-bound training where 8 % is not
             worth the noise; torch.compile of a whole model without `pool`: every mask recompiles, until torch gives
             up and runs eagerly (equal blocks compiled one by one share graphs: at most four with unit `block`, two
-            more than a block has layers with `prefix`).
+            more than a block has layers with `prefix`). Short trainings: ResNet-20, 2048 images of 16 px, 5 epochs, two of
+            which drop, one CPU thread, 3 seeds (sweeps/drop_rates.yaml): 1.05, 1.07, 1.17 and 1.23 times as fast as
+            backprop with `layer`, `tensor`, `prefix` and `block` (on twice the batch), none beyond the noise after
+            correction, at 0.6 to 2.6 points less accuracy, which are the plan's: the mask alone moves -0.6 to +0.2.
 Reference   Hershkovitch Neiterman, Ben-Artzi (2024), arXiv:2412.18027.
 """
 
