@@ -9,8 +9,8 @@ Cost        A coin per unit saves drop_rate x the weight gradients' share (about
             a run at the defaults; of the input gradients only the few below the lowest kept unit. `prefix` saves both
             below its cut: about drop_rate x 2/3, where the layers cost alike. A larger batch saves time too, by itself:
             compare with the control. Counted FLOPs are a mean over all masks, or over 16 that stand for them: every
-            unit is dropped as often as the drop_rate says, to a sixteenth. Of what they predict, one CPU thread saves 65
-            to 154 % in a dropping step, at least 85 % in 13 of 18 cases (six nets, benchmarks/ldb_saving.py).
+            unit is dropped as often as the drop_rate says, to a sixteenth. Of what they predict, one CPU thread saves
+            65 to 154 % in a dropping step, at least 85 % in 13 of 18 cases (six nets, benchmarks/ldb_saving.py).
 Departs     Learning rate times exactly 1/(1-p) (the authors' code: 2, or 1/(1-p+1e-6)); all parameter groups keep
             their ratios; parameters frozen by the user stay frozen; the mask is a pure function of
             (seed, epoch, optimizer step, unit); default unit `layer`, the authors' code drops single tensors
