@@ -1,8 +1,8 @@
 """Claims about what decorrelated backprop adds to a backprop step.
 
 1. At 224x224 and batch 256 on a GPU, sample_fraction .01: at most 15 % of a backprop step for the ResNets.
-2. There, at most a fifth of what a literal two-stage implementation adds (a convolution with R, then a 1x1 convolution with W,
-   and the full F^3 update), written here as the naive peer.
+2. There, at most a fifth of what a literal two-stage implementation adds (a convolution with R, then a 1x1 convolution
+   with W, and the full F^3 update), written here as the naive peer.
 3. At CIFAR size, where the F x F products dominate, `structure="block"` at sample_fraction .01: at most 30 %.
 
 Overhead is the time of a step (forward, estimate, optimizer) over backprop's of the same round, less 1; medians over

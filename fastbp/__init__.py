@@ -16,6 +16,7 @@ from fastbp.method import (
     parts,
 )
 from fastbp.methods import DDG, METHODS, Backprop, DecorrelatedBP, HighwayBP, LayerDropBack
+from fastbp.recurrent import Recurrent
 from fastbp.views import as_chain
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "HighwayBP",
     "LayerDropBack",
     "Method",
+    "Recurrent",
     "Residual",
     "WrappingEstimator",
     "ablations",

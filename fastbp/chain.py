@@ -51,6 +51,31 @@ class ShortcutAdd(nn.Module):
         return f"relu={self.relu}"
 
 
+class AddNorm(nn.Module):
+    """The merge `norm(x + z)` of a post-LN transformer (Vaswani et al. 2017, arXiv:1706.03762).
+
+    Args:
+        norm: an `nn.LayerNorm`.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        if not isinstance(norm, nn.LayerNorm) or type(norm).forward is not nn.LayerNorm.forward:
+            raise TypeError(f"AddNorm: norm must be an nn.LayerNorm, got {type(norm).__name__}")
+        self.norm = norm
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.norm(_add(x, z))
+
+    def scale(self, x: Tensor, z: Tensor) -> Tensor:
+        """The output's derivative by the sum, entry by entry, where mean and deviation are held fixed."""
+        total = _add(x, z)
+        total = total.to(torch.promote_types(total.dtype, torch.float32))
+        over = tuple(range(-len(self.norm.normalized_shape), 0))
+        scale = torch.rsqrt(total.var(over, correction=0, keepdim=True) + self.norm.eps)
+        return scale if self.norm.weight is None else scale * self.norm.weight
+
+
 class Replace(nn.Module):
     """The merge that returns `z`: no residual path, an ordinary layer as a block."""
 

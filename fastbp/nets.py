@@ -1,4 +1,4 @@
-"""Own small nets, each a `Chain`, and `make_model`: any model by name as a pure function of the seed.
+"""Own small nets, each a `Chain` or a `Recurrent`, and `make_model`: any model by name as a pure function of the seed.
 
 Every entry of `NETS` takes `(input_shape, classes, **args)`: `input_shape` is one example's shape without the
 batch, `(channels, height, width)` for images or `(tokens,)` for text; the output is logits,
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbp.chain import Add, Chain, Residual, ShortcutAdd
+from fastbp.chain import Add, AddNorm, Chain, Residual, ShortcutAdd
 from fastbp.knobs import nearest
 from fastbp.layers import MeanTokens, PatchEmbedding, SelfAttention, SubsamplePad, TokenEmbedding
+from fastbp.recurrent import PixelSteps, Recurrent
 
 
 def resnet_tiny(input_shape: tuple[int, ...], classes: int, *, blocks: int = 4, width: int = 16) -> Chain:
@@ -123,6 +124,7 @@ def gpt_tiny(
     depth: int = 4,
     heads: int = 4,
     mlp_ratio: int = 4,
+    norm: str = "pre",
 ) -> Chain:
     """A small character GPT: token numbers `(B, T)`, int64, to logits `(B, T, classes)`; 2 * depth blocks.
 
@@ -133,6 +135,8 @@ def gpt_tiny(
         depth: transformer layers.
         heads: attention heads, a divisor of `dim`.
         mlp_ratio: hidden features of the MLP over `dim`.
+        norm: where the LayerNorm of a block is: `pre`, first in its branch (GPT-2), or `post`, on the sum (GPT).
+            There is one more before the head with `pre`.
 
     Weights of Linear and Embedding start normal with standard deviation 0.02, as in GPT-2; head and token
     embedding are not tied.
@@ -141,9 +145,12 @@ def gpt_tiny(
     """
     _check(len(input_shape) == 1, f"gpt_tiny: input_shape must be (tokens,), got {input_shape}")
     _positive(tokens=input_shape[0], classes=classes, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
+    _check(norm in ("pre", "post"), f"gpt_tiny: norm = {norm!r}: must be pre or post")
     stem = TokenEmbedding(classes, input_shape[0], dim)
-    head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, classes))
-    chain = Chain(stem, _transformer(dim, depth, heads, mlp_ratio, causal=True), head)
+    head: nn.Module = nn.Linear(dim, classes)
+    if norm == "pre":
+        head = nn.Sequential(nn.LayerNorm(dim), head)
+    chain = Chain(stem, _transformer(dim, depth, heads, mlp_ratio, causal=True, post=norm == "post"), head)
     for module in chain.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
@@ -152,7 +159,52 @@ def gpt_tiny(
     return chain
 
 
-NETS: dict[str, Callable[..., Chain]] = {
+def recurrent(
+    input_shape: tuple[int, ...],
+    classes: int,
+    *,
+    cell: str,
+    width: int = 64,
+    layers: int = 1,
+    residual: bool = True,
+    step: int = 1,
+    keep_bias: float = 0.0,
+) -> Recurrent:
+    """A GRU or LSTM over the pixels of an image or the characters of a text.
+
+    Images `(B, C, H, W)` are read row by row, the last step gives the logits `(B, classes)`; token numbers `(B, T)`,
+    int64, are embedded, every step gives logits `(B, T, classes)`.
+
+    Args:
+        input_shape: `(channels, height, width)` or `(T,)`, the longest sequence in tokens.
+        classes: number of logits, or size of the vocabulary.
+        cell: `gru` or `lstm`.
+        width: hidden features of every layer, and of the embedding.
+        layers: stacked ones.
+        residual: whether layers from the second on add their input, as in Highway-BP's paper.
+        step: pixels per time step, a divisor of height times width.
+        keep_bias: added at the start to the bias of the gate that keeps the state (GRU: z, LSTM: f); 1 or 2 lets the
+            net remember longer (Jozefowicz et al. 2015).
+    """
+    _positive(classes=classes, width=width, layers=layers, step=step)
+    if len(input_shape) == 1:
+        _check(step == 1, f"{cell}: step = {step} is for images, a token is a step")
+        features, steps, stem = width, input_shape[0], nn.Embedding(classes, width)
+    else:
+        channels, height, row = _image(input_shape, cell)
+        pixels = height * row
+        _check(pixels % step == 0, f"{cell}: step = {step} does not divide the {height} x {row} pixels")
+        features, steps, stem = channels * step, pixels // step, PixelSteps(step)
+    kind = {"gru": nn.GRU, "lstm": nn.LSTM}[cell]
+    stack = [kind(features if i == 0 else width, width) for i in range(layers)]
+    with torch.no_grad():
+        for layer in stack:
+            layer.bias_ih_l0[width : 2 * width] += keep_bias
+    head = nn.Linear(width, classes)
+    return Recurrent(stem, stack, head, last_step=len(input_shape) > 1, residual=residual, steps=steps)
+
+
+NETS: dict[str, Callable[..., Chain | Recurrent]] = {
     "resnet_tiny": resnet_tiny,
     "resnet20": partial(cifar_resnet, depth=20),
     "resnet32": partial(cifar_resnet, depth=32),
@@ -161,6 +213,8 @@ NETS: dict[str, Callable[..., Chain]] = {
     "mlp": mlp,
     "vit_tiny": vit_tiny,
     "gpt_tiny": gpt_tiny,
+    "gru": partial(recurrent, cell="gru"),
+    "lstm": partial(recurrent, cell="lstm"),
 }
 
 
@@ -254,14 +308,20 @@ def _he_normal(chain: Chain) -> Chain:
     return chain
 
 
-def _transformer(dim: int, depth: int, heads: int, mlp_ratio: int, *, causal: bool) -> nn.ModuleList:
-    """Attention and MLP sublayers in turn, each with its LayerNorm first."""
+def _transformer(
+    dim: int, depth: int, heads: int, mlp_ratio: int, *, causal: bool, post: bool = False
+) -> nn.ModuleList:
+    """Attention and MLP sublayers in turn, each with its LayerNorm first or, `post`, on its sum."""
     blocks = nn.ModuleList()
     for _ in range(depth):
         hidden = mlp_ratio * dim
-        blocks.append(Residual(nn.Sequential(nn.LayerNorm(dim), SelfAttention(dim, heads, causal=causal))))
-        feed = [nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)]
-        blocks.append(Residual(nn.Sequential(*feed)))
+        attention = [SelfAttention(dim, heads, causal=causal)]
+        feed = [nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)]
+        for branch in (attention, feed):
+            norm = nn.LayerNorm(dim)
+            blocks.append(
+                Residual(nn.Sequential(*branch), AddNorm(norm)) if post else Residual(nn.Sequential(norm, *branch))
+            )
     return blocks
 
 

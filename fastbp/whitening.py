@@ -142,7 +142,6 @@ def meet_few_rows(layer: nn.Linear) -> list[RemovableHandle]:
 
     W (R x) costs 4 n F^2 with its backward, (W R) x 4 o F^2: a wide linear layer on a small batch is cheaper this way.
     """
-
     outputs = layer.out_features
 
     def before(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[Any, Any] | None:

@@ -39,7 +39,7 @@ def test_no_arrow_points_back(package):
 def test_fastbp_needs_torch_alone():
     free = set(sys.stdlib_module_names) | {"torch", "fastbp"}
     for path in (ROOT / "fastbp").rglob("*.py"):
-        if path.name not in ("cli.py", "cards.py"):  # what the command line prints
+        if path.name not in ("cli.py", "cards.py", "scan_triton.py"):  # what the command line prints; CUDA alone
             extra = imported(path, everywhere=False) - free
             assert not extra, f"{path.relative_to(ROOT)} imports {sorted(extra)} at the top"
 

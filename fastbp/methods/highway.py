@@ -3,29 +3,40 @@
 Idea        Start from the gradient through the cheap merges alone; each round adds the paths that cross one more
             branch. After k rounds a block's error signal is the sum over all paths through at most k branches.
 Exact when  iterations >= number of blocks (the blocks' own parameters already at one less).
-Needs       Chain of Residual blocks, or a model that `as_chain` can see into. Leaf.
+Needs       Chain of Residual blocks, or a model that `as_chain` can see into; or `fastbp.Recurrent`, a GRU or LSTM
+            over time, where a block is a step. Leaf.
 Cost        Forward as backprop. k rounds of input VJPs of all blocks (parallel over blocks in principle), then one
-            pass for the parameters: about (k+3)/3 of backprop's FLOPs. Memory: backprop's, held longer.
-Departs     Rounds run as a serial loop over blocks here, so every k >= 1 is slower than backprop; a round skips blocks
-            whose signal is final already (w_i after L-i rounds). The scan starts from K_{i+1}, which the paper's
-            printed algorithm misindexes. The merge's Jacobian is applied as a VJP, whatever it is.
-Not for     Speed on one device as it stands; late training of transformers at small k, where blocks cancel the stream
-            and the error grows before it falls (raise gamma).
+            pass for the parameters: about (k+3)/3 of backprop's FLOPs; `batched` adds one forward of the blocks.
+            Memory: backprop's, held longer, plus three states per block (k more with min_residual).
+            Over time a round is one matrix product and one scan for all steps: cheap beside a step-by-step backward.
+Departs     Rounds run as a serial loop over blocks, so every k >= 1 is slower than backprop; with `batched`, blocks of
+            equal structure are one call. A round skips blocks whose signal is final already (w_i after L-i rounds).
+            The scan starts from K_{i+1}, which the paper's printed algorithm misindexes. The merge's Jacobian is
+            applied as a VJP, whatever it is; of a post-LN block K is the diagonal of its norm, the rest counts as J.
+            Growing iterations, gamma over epochs, tolerance and min_residual are not in the paper; all are off.
+Not for     Speed on one device, but over time, or where `batched` blocks are too small to fill it
+            (benchmarks/highway_deep.py), ResNets never; late training of transformers at small k, where blocks cancel
+            the stream and the error grows before it falls (raise gamma, or combination = min_residual).
 Reference   Fagnou, Caillon, Delattre, Allauzen (ICLR 2025), arXiv:2501.17086.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
-import torch
 from torch import Tensor, nn
 
-from fastbp.chain import Add, Chain, Residual, has_residual_path
-from fastbp.knobs import Choice, IntRange, require
-from fastbp.method import GradientEstimator, LossFn, Method
+from fastbp.chain import Chain, has_residual_path
+from fastbp.highway_recurrent import LSTM_STATES, HighwayOverTime, sees_over_time
+from fastbp.knobs import Choice, IntRange, nearest, require
+from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method
+from fastbp.rounds import min_residual, sum_of_increments
+from fastbp.tapes import BlockPlan, Tapes
 from fastbp.views import as_chain
+
+_COMBINATIONS = ("sum", "min_residual")
+_MEASURE_EVERY = 100  # steps
 
 
 @dataclass(frozen=True)
@@ -36,19 +47,47 @@ class HighwayBP(Method):
         iterations: rounds k >= 0; the gradient contains all paths that cross at most k branches. 3 to 5 in the
             paper's deep nets.
         gamma: share in [0, 1] of the merge's Jacobian that is moved into the branch; any value gives the same
-            gradient at full iterations, 1 is fixed-point iteration without a highway. The paper: 0 for ResNets, 0.2
-            for GPT-2, 0.8 for RoBERTa.
+            gradient at full iterations, 1 is fixed-point iteration (FPI, Wang and Ragni 2021), without a highway. The
+            paper: 0 for ResNets, 0.2 for GPT-2, 0.8 for RoBERTa.
+        growing_epochs: over so many epochs k rises in equal steps up to `iterations`; 0: constant from the start.
+        gamma_epochs: over so many epochs gamma rises in equal steps from 0; 0: constant from the start.
+        exact_from: from this epoch on (the first is 0), steps are plain backprop; 0: never.
+        tolerance: k is the first round of which the increment is smaller than this times the sum so far, `iterations`
+            at most; looked at in every 100th step, where all rounds run, and decided between epochs. 0: off.
+        combination: of the increments of the rounds: their `sum` (the paper), or the combination with the smallest
+            residual of the adjoint equation (`min_residual`).
+        batched: whether blocks of equal structure (linear layers, layer norms, activations, attention) run as one call
+            per round: the same sums in another order. It pays where a block is too small to fill the device.
+        lstm_state: of an LSTM over time, what one step hands to the next: `co`, cell state and output gate, or `ch`,
+            cell state and output (the paper), which wastes a round. Other nets do not have it.
     """
 
     iterations: Annotated[int, IntRange(0, 8)] = 4
     gamma: Annotated[float, Choice((0.0, 0.1, 0.2, 0.5))] = 0.0
+    growing_epochs: Annotated[int, IntRange(0, 10)] = 0
+    gamma_epochs: Annotated[int, IntRange(0, 10)] = 0
+    exact_from: int = 0
+    tolerance: Annotated[float, Choice((0.0, 0.01, 0.03, 0.1, 0.3))] = 0.0
+    combination: Annotated[str, Choice(_COMBINATIONS)] = "sum"
+    batched: bool = False
+    lstm_state: Annotated[str, Choice(LSTM_STATES)] = "co"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "iterations", self.iterations >= 0, "must be 0 or more; the number of blocks is exact")
         require(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
+        require(self, "growing_epochs", self.growing_epochs >= 0, "must not be negative; 0 is constant iterations")
+        require(self, "gamma_epochs", self.gamma_epochs >= 0, "must not be negative; 0 is constant gamma")
+        require(self, "exact_from", self.exact_from >= 0, "must not be negative; 0 is never")
+        require(self, "tolerance", self.tolerance >= 0, "must not be negative; 0 runs all iterations")
+        known = f"must be one of {', '.join(_COMBINATIONS)}{nearest(self.combination, _COMBINATIONS)}"
+        require(self, "combination", self.combination in _COMBINATIONS, known)
+        states = f"must be one of {', '.join(LSTM_STATES)}{nearest(self.lstm_state, LSTM_STATES)}"
+        require(self, "lstm_state", self.lstm_state in LSTM_STATES, states)
 
     def bind(self, model: nn.Module, loss_fn: LossFn) -> GradientEstimator:
+        if sees_over_time(model):
+            return HighwayOverTime(self, model, loss_fn, Schedule(self, model.steps or 0))
         chain = as_chain(model)
         if not any(has_residual_path(block) for block in chain.residuals()):
             raise TypeError(
@@ -57,50 +96,65 @@ class HighwayBP(Method):
             )
         return _HighwayBP(self, model, chain, loss_fn)
 
-    def exact(self, model: nn.Module) -> HighwayBP:
-        return replace(self, iterations=len(as_chain(model).blocks))
+    def exact(self, model: nn.Module) -> HighwayBP | None:
+        length = model.steps if sees_over_time(model) else len(as_chain(model).blocks)
+        return None if length is None else replace(self, iterations=length, growing_epochs=0, tolerance=0.0)
 
 
-class _Tape:
-    """One block's forward, kept so that its two Jacobians can be applied any number of times.
+class Schedule:
+    """What the steps of an epoch do: how many rounds, with which gamma, and when they measure their increments.
 
-    The layer is h = merge(x, z) with z = branch(x). K = d merge / d x at fixed z; J = d merge / d z . d branch / d x.
+    Attributes:
+        iterations: rounds k of this epoch's steps.
+        gamma: of this epoch.
+        exact: whether this epoch is plain backprop.
     """
 
-    def __init__(self, block: Residual, x: Tensor) -> None:
-        self.block = block
-        self.x = x.detach().requires_grad_()  # read by the branch
-        self.z = block.branch(self.x)
-        self.skip = x.detach().requires_grad_()  # read by the merge
-        self.z_in = self.z.detach().requires_grad_()
-        self.h = block.merge(self.skip, self.z_in)
+    def __init__(self, method: HighwayBP, blocks: int) -> None:
+        self.method, self.blocks = method, blocks
+        self._seen: Tensor | list[float] | None = None  # ratios of increment to sum, by round, measured last
+        self.start_epoch(0)
 
-    def along_merge(self, w: Tensor) -> Tensor:
-        """w K: past the branch; zero where the merge does not read the block's input."""
-        if type(self.block.merge) is Add:
-            return w
-        (dx,) = torch.autograd.grad(self.h, self.skip, w, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(self.skip) if dx is None else dx
+    def start_epoch(self, epoch: int) -> EpochPlan:
+        method, self._step = self.method, 0
+        growing, warming = epoch < method.growing_epochs, epoch < method.gamma_epochs
+        self._most = -(-method.iterations * (epoch + 1) // method.growing_epochs) if growing else method.iterations
+        self.gamma = method.gamma * epoch / method.gamma_epochs if warming else method.gamma
+        self.exact = 0 < method.exact_from <= epoch
+        small = [m for m, ratio in enumerate(self._ratios(), start=1) if ratio < method.tolerance]
+        self.iterations = min([self._most, *small])
+        if not (method.growing_epochs or method.exact_from or method.tolerance):
+            return EpochPlan()
+        return EpochPlan(kind="exact" if self.exact else f"k={self.iterations}")
 
-    def into_branch(self, w: Tensor) -> Tensor | None:
-        """w d merge/dz: at the branch's output; None where the merge does not read it."""
-        if type(self.block.merge) is Add:
-            return w
-        (dz,) = torch.autograd.grad(self.h, self.z_in, w, retain_graph=True, allow_unused=True)
-        return dz
+    def rounds(self) -> tuple[int, bool]:
+        """Of the next step: how many rounds to run, and whether to hand the ratios to `saw`."""
+        measure = self._step % _MEASURE_EVERY == 0 and self._most > 0
+        self._step += 1
+        return (self._most if measure and self.method.tolerance else self.iterations), measure
 
-    def through_branch(self, dz: Tensor) -> Tensor:
-        """The product dz d branch / d x."""
-        (dx,) = torch.autograd.grad(self.z, self.x, dz, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(self.x) if dx is None else dx
+    def saw(self, ratios: Tensor | None) -> None:
+        """Of every round, the norm of its increment over the norm of the sum so far; stays on the device."""
+        self._seen = ratios
 
-    def accumulate(self, w: Tensor, dz: Tensor | None) -> None:
-        """Add w dh/d theta to the parameters' gradients, of the branch and of the merge; frees the tape."""
-        branch, merge = _trainable(self.block.branch), _trainable(self.block.merge)
-        if branch and dz is not None:
-            torch.autograd.backward(self.z, dz, inputs=branch, retain_graph=False)
-        if merge:
-            torch.autograd.backward(self.h, w, inputs=merge, retain_graph=False)
+    def _ratios(self) -> list[float]:
+        if isinstance(self._seen, Tensor):
+            self._seen = self._seen.tolist()
+        return self._seen or []
+
+    def metrics(self) -> dict[str, float]:
+        """The rounds, and the increments of the step that looked at them last: growing ones mean cancelling blocks."""
+        found = {"highway/iterations": float(self.blocks if self.exact else self.iterations)}
+        ratios = [] if self.exact else self._ratios()
+        if ratios:
+            found |= {"highway/last_increment": ratios[-1], "highway/largest_increment": max(ratios)}
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"increments": self._ratios()} if self.method.tolerance else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._seen = list(state["increments"])
 
 
 class _HighwayBP(GradientEstimator):
@@ -109,66 +163,45 @@ class _HighwayBP(GradientEstimator):
         self.model = model
         self.chain = chain
         self.loss_fn = loss_fn
+        self.schedule = Schedule(method, len(chain.blocks))
+        self.combine = sum_of_increments if method.combination == "sum" else min_residual
+        self.plan: BlockPlan | None = None  # made late: other methods may still change the layers
+
+    def start_epoch(self, epoch: int) -> EpochPlan:
+        self.plan = None
+        return self.schedule.start_epoch(epoch)
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.schedule.exact:
+            loss = self.loss_fn(self.model(x), y)
+            loss.backward()
+            return loss.detach()
+        if self.plan is None:
+            self.plan = BlockPlan(self.chain.residuals(), batched=self.method.batched)
         h0 = self.chain.stem(x)
-        tapes: list[_Tape] = []
-        h = h0
-        for block in self.chain.residuals():
-            tapes.append(_Tape(block, h))
-            h = tapes[-1].h
-        last = h.detach().requires_grad_()
+        tapes = Tapes(self.plan, h0, self.schedule.gamma)
+        last = tapes.last.requires_grad_()
         loss = self.loss_fn(self.chain.head(last), y)
         loss.backward()
         if last.grad is None:
             raise TypeError("HighwayBP: the loss does not depend on the last block's output")
-        w = highway_gradients(tapes, last.grad, self.method.iterations, self.method.gamma)
-        for tape, w_i in zip(tapes, w[1:], strict=True):
-            if _trainable(tape.block):
-                tape.accumulate(w_i, tape.into_branch(w_i))
+        rounds, measure = self.schedule.rounds()
+        w, ratios = self.combine(tapes, last.grad, rounds, measure=measure)
+        if measure:
+            self.schedule.saw(ratios)
+        tapes.accumulate(w)
         if h0.requires_grad:
             h0.backward(w[0])
         return loss.detach()
 
+    def metrics(self) -> dict[str, float]:
+        return self.schedule.metrics()
 
-def highway_gradients(tapes: list[_Tape], g: Tensor, iterations: int, gamma: float) -> list[Tensor]:
-    """The error signals w_0 .. w_L after k rounds, for a loss that reads the last state alone.
+    def state_dict(self) -> dict[str, Any]:
+        return self.schedule.state_dict()
 
-    With v_i = w_{i+1} J_{i+1} (v_L = 0), each round is one reverse scan w = scan(g + v),
-    scan(a)_i = a_i + scan(a)_{i+1} K_{i+1}. Gamma splits K into (1-gamma) K, kept, and gamma K, moved to J.
-
-    Args:
-        tapes: one per block.
-        g: gradient of the loss with respect to the last state.
-        iterations: rounds k; w_i is final after L - i of them, later rounds leave it alone.
-        gamma: share of K that counts as branch.
-
-    Returns:
-        L + 1 tensors with the shapes of the states.
-    """
-    blocks = len(tapes)
-    w: list[Tensor] = [g] * (blocks + 1)
-    for i in reversed(range(blocks)):  # round 0: the highway alone
-        w[i] = _keep(tapes[i], w[i + 1], gamma)
-    for done in range(min(iterations, blocks)):
-        crossed = [_cross(tapes[i], w[i + 1], gamma) for i in range(blocks - done)]  # all from the old w: parallel
-        for i in reversed(range(blocks - done)):
-            w[i] = crossed[i] + _keep(tapes[i], w[i + 1], gamma)
-    return w
-
-
-def _keep(tape: _Tape, w: Tensor, gamma: float) -> Tensor:
-    """w (1-gamma) K."""
-    kept = tape.along_merge(w)
-    return kept if gamma == 0 else (1 - gamma) * kept
-
-
-def _cross(tape: _Tape, w: Tensor, gamma: float) -> Tensor:
-    """w (J + gamma K)."""
-    dz = tape.into_branch(w)
-    crossed = torch.zeros_like(tape.x) if dz is None else tape.through_branch(dz)
-    return crossed if gamma == 0 else crossed + gamma * tape.along_merge(w)
-
-
-def _trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.method.tolerance:
+            self.schedule.load_state_dict(state)
+        else:
+            super().load_state_dict(state)

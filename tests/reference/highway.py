@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
-from fastbp.chain import Chain
+from fastbp.chain import AddNorm, Chain
 
 
 def path_sum(J: Sequence[Tensor], K: Sequence[Tensor], g: Sequence[Tensor], k: int) -> list[Tensor]:
@@ -36,7 +36,8 @@ def path_sum(J: Sequence[Tensor], K: Sequence[Tensor], g: Sequence[Tensor], k: i
 def jacobians(chain: Chain, h0: Tensor, gamma: float) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """J_i, K_i of every block as dense matrices over the whole flattened batch, and the states h_0 .. h_L.
 
-    Gamma moves the share gamma of K into J.
+    K is the merge's Jacobian by x at fixed z; of a post-LN merge, its diagonal alpha / sigma. Gamma moves the share
+    gamma of K into J.
     """
     J, K, states = [], [], [h0]
     for block in chain.residuals():
@@ -45,8 +46,13 @@ def jacobians(chain: Chain, h0: Tensor, gamma: float) -> tuple[list[Tensor], lis
         h = block.merge(x, z).detach()
         K_i = jacobian(lambda a, z=z, m=block.merge: m(a, z), x).reshape(h.numel(), x.numel())
         dh_dz = jacobian(lambda b, x=x, m=block.merge: m(x, b), z).reshape(h.numel(), z.numel())
+        full = K_i
+        if isinstance(block.merge, AddNorm):
+            norm, s = block.merge.norm, x + z
+            sigma = (s.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+            K_i = torch.diag((norm.weight / sigma).detach().flatten())
         dz_dx = jacobian(lambda a, b=block.branch: b(a), x).reshape(z.numel(), x.numel())
-        J.append(dh_dz @ dz_dx + gamma * K_i)
+        J.append(dh_dz @ dz_dx + (full - K_i) + gamma * K_i)
         K.append((1 - gamma) * K_i)
         states.append(h)
     return J, K, states

@@ -1,0 +1,284 @@
+"""Claims about Highway-BP over time, beside three ways to backpropagate exactly through a GRU or LSTM layer.
+
+On a GPU, a training step's forward and backward with k = 5 rounds and L = 1024 steps is
+
+1. at least 3 times as fast as backpropagation through a Python loop over cells, which the paper compares with, for
+   every cell and width of the table;
+2. and somewhere in the table, at some k, at least 1.5 times as fast as torch's own layer (cuDNN).
+
+On one CPU thread, with a batch of 8, for a GRU of width 16 and with k = 5 and L = 1024,
+
+3. at least 3 times as fast as the loop and 2 times as fast as torch's own layer. For an LSTM torch has one compiled
+   kernel (oneDNN), and no such claim is made: the table shows where Highway-BP loses.
+
+All candidates train the same weights on the same batch: the loop, torch's layer, the loop captured as one CUDA graph
+(CUDA only), torch's forward alone, and Highway-BP for every k. They run in turn, in an order that reverses every
+round; figures are medians over rounds of ratios within a round, with their 95 % interval. Beside every time stands the
+cosine of its gradient to the exact one, of all weights after a short training by plain backprop to repeat the symbol of
+8 steps ago, with a loss at every step. a + b k is fitted to the times. The map shows where Highway-BP is ahead of
+torch's layer beyond the interval; elsewhere it is not.
+
+    python benchmarks/highway_rnn.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, one_hot
+
+from benchmark import environment, judge, median_interval, write_json
+from fastbp import Backprop, HighwayBP
+from fastbp.bench import interleaved
+from fastbp.recurrent import Recurrent
+
+LIMITS = {
+    "cuda": {"times the loop, k = 5, L = 1024, least": 3.0, "times torch's layer, most": 1.5},
+    "cpu": {"times the loop, GRU of 16, k = 5, L = 1024": 3.0, "times torch's layer, GRU of 16, k = 5, L = 1024": 2.0},
+}
+SYMBOLS, DELAY, TRAINING_STEPS = 16, 8, 40
+LOOP, LAYER, GRAPH, FORWARD = "loop", "layer", "graph", "forward"
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+        steps: of one timed call.
+    """
+
+    lengths: tuple[int, ...]
+    widths: tuple[int, ...]
+    batch: int
+    ks: tuple[int, ...]
+    rounds: int
+    steps: int
+
+
+CUDA = Sizes((256, 512, 1024), (64, 256, 512), 128, (0, 1, 2, 5, 10, 20), 9, 3)
+CPU = Sizes((256, 512, 1024), (16, 64), 8, (0, 1, 2, 5, 10, 20), 7, 1)
+QUICK = Sizes((12, 24), (8,), 2, (0, 2), 2, 1)
+
+
+def net(cell: str, width: int, device: torch.device) -> Recurrent:
+    """A layer over one-hot symbols, with logits at every step."""
+    torch.manual_seed(0)
+    layer = {"gru": nn.GRU, "lstm": nn.LSTM}[cell](SYMBOLS, width)
+    return Recurrent(nn.Identity(), [layer], nn.Linear(width, SYMBOLS), last_step=False).to(device)
+
+
+def batch(length: int, size: int, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Symbols as x (B, L, SYMBOLS), and those of DELAY steps ago as y (B, L)."""
+    generator = torch.Generator().manual_seed(seed)
+    symbols = torch.randint(SYMBOLS, (size, length + DELAY), generator=generator)
+    return one_hot(symbols[:, DELAY:], SYMBOLS).float().to(device), symbols[:, :-DELAY].to(device)
+
+
+def loss_of(logits: Tensor, y: Tensor) -> Tensor:
+    return cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def train(model: Recurrent, size: int, steps: int, device: torch.device) -> None:
+    """Plain backprop, so that gradients reach back some steps."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for i in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        x, y = batch(64, 4 * size, device, seed=1 + i)
+        loss_of(model(x), y).backward()
+        optimizer.step()
+
+
+def through_cells(model: Recurrent) -> Callable[[nn.Module, Tensor], Tensor]:
+    """Runs the layer as a Python loop over torch's cells, which share its weights."""
+    layer: Any = model.layers[0]
+    kind = nn.GRUCell if isinstance(layer, nn.GRU) else nn.LSTMCell
+    cell = kind(layer.input_size, layer.hidden_size, device=layer.weight_ih_l0.device)
+    for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+        setattr(cell, name, getattr(layer, f"{name}_l0"))
+
+    def run(_: nn.Module, x: Tensor) -> Tensor:
+        state, out = None, []
+        for x_t in x:
+            state = cell(x_t, state)
+            out.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(out)
+
+    return run
+
+
+def candidates(model: Recurrent, x: Tensor, y: Tensor, ks: tuple[int, ...]) -> dict[str, Step]:
+    """One forward and backward by name, gradients in `p.grad`."""
+    run = through_cells(model)
+
+    def loop() -> None:
+        model.zero_grad(set_to_none=True)
+        loss_of(model.compute(x, run), y).backward()
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(x)
+
+    def method(chosen: Backprop | HighwayBP) -> Step:
+        estimator = chosen.bind(model, loss_of)
+
+        def step() -> None:
+            model.zero_grad(set_to_none=True)
+            estimator.backward(x, y)
+
+        return step
+
+    found = {LOOP: loop, LAYER: method(Backprop()), FORWARD: forward}
+    if x.is_cuda:
+        found[GRAPH] = captured(model, loop)
+    return found | {str(k): method(HighwayBP(iterations=k)) for k in ks}
+
+
+def captured(model: Recurrent, step: Step) -> Step:
+    """The step as one CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def gradient(model: Recurrent, step: Step) -> Tensor:
+    step()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
+
+
+def measure(cell: str, width: int, sizes: Sizes, device: torch.device, training: int) -> list[dict[str, Any]]:
+    """One row per length and k."""
+    model = net(cell, width, device)
+    train(model, sizes.batch, training, device)
+    rows: list[dict[str, Any]] = []
+    for length in sizes.lengths:
+        x, y = batch(length, sizes.batch, device)
+        steps = candidates(model, x, y, sizes.ks)
+        exact = gradient(model, steps[LAYER])
+        cosines = {k: torch.cosine_similarity(gradient(model, steps[str(k)]), exact, 0).item() for k in sizes.ks}
+        repeated = {name: lambda step=step: [step() for _ in range(sizes.steps)] for name, step in steps.items()}
+        seconds = interleaved(repeated, sizes.rounds, device)
+        ms = {name: statistics.median(times) / sizes.steps * 1e3 for name, times in seconds.items()}
+        a, b = fit(sizes.ks, [ms[str(k)] for k in sizes.ks])
+        shared = {"cell": cell, "width": width, "length": length, "batch": sizes.batch, "fit_a_ms": a, "fit_b_ms": b}
+        shared |= {f"{name}_ms": ms[name] for name in (LOOP, LAYER, FORWARD, GRAPH) if name in ms}
+        for k in sizes.ks:
+            rows.append(shared | {"k": k, "ms": ms[str(k)], "cosine": cosines[k], **speedups(seconds, k)})
+        print("\n".join(line(row) for row in rows[-len(sizes.ks) :]), flush=True)
+        print(f"{'':17s} fit {a:.2f} + {b:.2f} k ms; torch's forward alone takes {ms[FORWARD]:.2f} ms")
+    return rows
+
+
+def speedups(seconds: dict[str, list[float]], k: int) -> dict[str, list[float]]:
+    """How many times as fast as each of the others: median, low, high."""
+    return {
+        f"times_{name}": list(median_interval([a / b for a, b in zip(seconds[name], seconds[str(k)], strict=True)]))
+        for name in (LOOP, LAYER, GRAPH)
+        if name in seconds
+    }
+
+
+def fit(ks: tuple[int, ...], ms: list[float]) -> tuple[float, float]:
+    """Least squares a + b k."""
+    slope, intercept = statistics.linear_regression(ks, ms)
+    return intercept, slope
+
+
+HEADINGS = (
+    f"{'cell':4s} {'L':>5s} {'width':>5s} {'k':>3s} {'ms':>8s} {'cosine':>7s}  "
+    f"{'times the loop':>20s} {'the layer':>20s} {'the graph':>20s}"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    cells = []
+    for name in (LOOP, LAYER, GRAPH):
+        middle, low, high = row.get(f"times_{name}", [0.0] * 3)
+        cells.append(f"{middle:6.2f} [{low:.2f}, {high:.2f}]" if middle else "not measured")
+    ahead = " <" if wins(row) else ""
+    return (
+        f"{row['cell']:4s} {row['length']:5d} {row['width']:5d} {row['k']:3d} {row['ms']:8.2f} {row['cosine']:7.4f}  "
+        + " ".join(f"{text:>20s}" for text in cells)
+        + ahead
+    )
+
+
+def wins(row: dict[str, Any]) -> bool:
+    """Whether it is ahead of torch's layer beyond the interval."""
+    return row["times_layer"][1] > 1
+
+
+def win_map(rows: list[dict[str, Any]]) -> list[str]:
+    """Per cell, width and length the largest k that still is ahead of torch's layer, with its cosine."""
+    lengths = sorted({row["length"] for row in rows})
+    out = ["largest k that is ahead of torch's layer (cosine there), by L:"]
+    out.append(f"{'cell':4s} {'width':>5s}" + "".join(f"{length:>14d}" for length in lengths))
+    for cell, width in sorted({(row["cell"], row["width"]) for row in rows}):
+        places = []
+        for length in lengths:
+            here = [r for r in rows if (r["cell"], r["width"], r["length"]) == (cell, width, length) and wins(r)]
+            best = max(here, key=lambda r: r["k"], default=None)
+            places.append("none" if best is None else f"{best['k']} ({best['cosine']:.3f})")
+        out.append(f"{cell:4s} {width:5d}" + "".join(f"{place:>14s}" for place in places))
+    return out
+
+
+def figures(rows: list[dict[str, Any]], kind: str) -> dict[str, float]:
+    """The claimed figures of a kind of device."""
+    long = [row for row in rows if row["k"] == 5 and row["length"] == 1024]
+    if kind == "cuda":
+        loop = min((row["times_loop"][0] for row in long), default=float("nan"))
+        found = (loop, max(row["times_layer"][0] for row in rows))
+    else:
+        claimed = next((row for row in long if (row["cell"], row["width"]) == ("gru", 16)), None)
+        found = (claimed["times_loop"][0], claimed["times_layer"][0]) if claimed else (float("nan"),) * 2
+    return dict(zip(LIMITS[kind], found, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cells", nargs="+", choices=("gru", "lstm"), default=["gru", "lstm"])
+    parser.add_argument("--cpu", action="store_true", help="measure the CPU even where there is CUDA")
+    parser.add_argument("--quick", action="store_true", help="short and narrow, to see that it runs; proves nothing")
+    parser.add_argument("--out", default="results/benchmarks/highway_rnn.json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for all, as cuDNN's layers have it by default
+    sizes = QUICK if arguments.quick else CUDA if device.type == "cuda" else CPU
+    print(HEADINGS)
+    rows: list[dict[str, Any]] = []
+    for cell in arguments.cells:
+        for width in sizes.widths:
+            rows += measure(cell, width, sizes, device, 2 if arguments.quick else TRAINING_STEPS)
+    drawn = win_map(rows)
+    print("\n".join(drawn))
+    gpu = "measured" if device.type == "cuda" else "not measured"
+    facts = {"quick": arguments.quick, "gpu": gpu, "rounds": sizes.rounds, "map": drawn}
+    write_json(arguments.out, facts | {"rows": rows, "limits": LIMITS, **environment()})
+    if arguments.quick:
+        return
+    for kind in LIMITS.keys() - {device.type}:
+        for name, limit in LIMITS[kind].items():
+            print(f"claim ({name} at least {limit:g}): of {kind}, not measured")
+    judge("highway_rnn", figures(rows, device.type), LIMITS[device.type], arguments.out, least=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The rounds of Highway-BP over the tapes of one forward: from the loss's gradient to every block's error signal.
+
+Written with w_i for the signal at the state h_i (h_0 enters the first block, h_L leaves the last), and a reverse scan
+along the cheap path, scan(a)_i = a_i + scan(a)_{i+1} K_{i+1}. The loss reads h_L alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastbp.tapes import Tapes
+
+_RIDGE = 1e-12  # on a diagonal of ones: columns that are multiples of each other get the smallest coefficients
+
+
+def sum_of_increments(
+    tapes: Tapes, g: Tensor, iterations: int, *, measure: bool = False
+) -> tuple[list[Tensor], Tensor | None]:
+    """The signals after k rounds, w^{m+1} = scan(g + v) with v_i = w^m_{i+1} J_{i+1}; no increment is kept.
+
+    Args:
+        tapes: of the forward.
+        g: gradient of the loss with respect to the last state.
+        iterations: rounds k; w_i is final after L - i of them, later rounds leave it alone.
+        measure: whether to look at the increments.
+
+    Returns:
+        w_0 .. w_L, with the shapes of the states; of every round the norm of its increment over that of the sum so
+        far, (k,), where asked.
+    """
+    w = _highway(tapes, g)
+    ratios = []
+    for count in range(len(tapes), max(0, len(tapes) - iterations), -1):
+        before, w = w, list(w)
+        crossed = tapes.cross(before, count)  # all of them from the old w: parallel
+        for i in reversed(range(count)):
+            w[i] = crossed[i] + tapes.keep(i, w[i + 1])
+        if measure:
+            ratios.append(_norm([a - b for a, b in zip(w, before, strict=True) if a is not b]) / _norm(w))
+    return w, torch.stack(ratios) if ratios else None
+
+
+def min_residual(
+    tapes: Tapes, g: Tensor, iterations: int, *, measure: bool = False
+) -> tuple[list[Tensor], Tensor | None]:
+    """The increments d^0 .. d^k combined as d^0 + sum_m c_m d^{m+1}, where c solves the adjoint equation best.
+
+    The plain sum is c = 1. Here 1 - c is the least-squares solution of a problem whose right-hand side is d^k on the
+    states 1 .. L: nothing at k = L, where the plain sum is exact. Solved in float64, without waiting for the device;
+    keeps k increments.
+
+    Args, returns: as `sum_of_increments`.
+    """
+    increments = [_highway(tapes, g)]
+    for count in range(len(tapes), max(0, len(tapes) - iterations), -1):
+        crossed = tapes.cross(increments[-1], count)  # d^m has the states 0 .. L - m; the others are zero
+        for i in reversed(range(count - 1)):
+            crossed[i] = crossed[i] + tapes.keep(i, crossed[i + 1])
+        increments.append(crossed)
+    w = list(increments[0])
+    if len(increments) > 1:
+        for c, increment in zip(coefficients(increments), increments[1:], strict=True):
+            for i, d in enumerate(increment):
+                w[i] = w[i] + c.to(d.dtype) * d
+    return w, _ratios(increments) if measure and len(increments) > 1 else None
+
+
+def _highway(tapes: Tapes, g: Tensor) -> list[Tensor]:
+    """w^0: the cheap path alone."""
+    w = [g] * (len(tapes) + 1)
+    for i in reversed(range(len(tapes))):
+        w[i] = tapes.keep(i, w[i + 1])
+    return w
+
+
+def coefficients(increments: Sequence[Sequence[Tensor]]) -> Tensor:
+    """c_0 .. c_{k-1}, (k,), float64: those that make d^0 - sum_m c_m (d^m - d^{m+1}) smallest on the states 1 .. L."""
+    k = len(increments) - 1
+    gram = torch.zeros(k + 1, k + 1, dtype=torch.float64, device=increments[0][0].device)
+    for i in range(1, len(increments[0])):
+        here = torch.stack([d[i].flatten() for d in increments if i < len(d)]).double()
+        rows = torch.cat([here[:-1] - here[1:], here[-1:]])  # what is left after them, d^k, is the last of k + 1
+        gram[: len(rows), : len(rows)] += rows @ rows.T
+    scale = gram.diagonal()[:k].clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
+    normal = scale[:, None] * gram[:k, :k] * scale + _RIDGE * torch.eye(k, dtype=gram.dtype, device=gram.device)
+    factor, _ = torch.linalg.cholesky_ex(normal)
+    return 1 + scale * torch.cholesky_solve((scale * gram[:k, k])[:, None], factor)[:, 0]
+
+
+def _ratios(increments: Sequence[list[Tensor]]) -> Tensor:
+    total, ratios = list(increments[0]), []
+    for increment in increments[1:]:
+        total[: len(increment)] = [a + b for a, b in zip(total, increment, strict=False)]
+        ratios.append(_norm(increment) / _norm(total))
+    return torch.stack(ratios)
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all entries together, in float32 at least."""
+    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack(norms))
