@@ -233,9 +233,8 @@ def verdict(found: dict[str, Any]) -> str:
     losses = sorted({row["iterations"] for row in found["rows"]} - set(wins))
     if not wins:
         best = max(found["rows"], key=lambda row: row["speed_up"])
-        return (
-            f"It loses at every k: at best {best['speed_up']:.2f} times as fast as backprop (k = {best['iterations']})."
-        )
+        ahead = f"at best {best['speed_up']:.2f} times as fast as backprop (k = {best['iterations']})"
+        return f"It {'wins nowhere beyond the interval' if best['speed_up'] > 1 else 'loses at every k'}: {ahead}."
     rest = f", and loses or draws at k = {', '.join(map(str, losses))}" if losses else ""
     return f"It wins at k = {', '.join(map(str, wins))}{rest}."
 

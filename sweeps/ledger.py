@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,7 @@ class Ledger:
             for name in ("task", "device", "software"):  # one object for the thousands of runs that are equal there
                 value = getattr(record, name)
                 setattr(record, name, self._mappings.setdefault(json.dumps(value, sort_keys=True), value))
+            record.recipe, record.method = interned(record.recipe), interned(record.method)
             self.runs[record.run_key] = record
             if record.status in DONE:
                 self.again.discard(record.run_key)
@@ -75,6 +77,13 @@ class Ledger:
     def best_trials(self, arm: str, most: int) -> list[RunRecord]:
         """The arm's chosen search trials, the most accurate first; see `chosen_trials`."""
         return chosen_trials(self.of_phase("search", arm), most)
+
+
+def interned(value: Any) -> Any:
+    """The same mapping with one string object for all equal keys and texts."""
+    if isinstance(value, dict):
+        return {sys.intern(key): interned(item) for key, item in value.items()}
+    return sys.intern(value) if type(value) is str else value
 
 
 def config_of(record: RunRecord) -> RunConfig:

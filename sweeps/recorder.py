@@ -73,6 +73,7 @@ class Recorder(Callback):
         epoch = self._epochs.pop(trial.trial_id, None)
         if epoch is not None:
             self._on_end(self._ledger.runs[epoch.run_key])
+        trial.config = {}  # Tune holds its trials until the experiment ends; the records hold what this one was told
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._progress.started(_unstarted(trial.config))

@@ -8,15 +8,19 @@ Needs       Chain of Residual blocks, or a model that `as_chain` can see into; o
 Cost        Forward as backprop. k rounds of input VJPs of all blocks (parallel over blocks in principle), then one
             pass for the parameters: about (k+3)/3 of backprop's FLOPs; `batched` adds one forward of the blocks.
             Memory: backprop's, held longer, plus three states per block (k more with min_residual).
-            Over time a round is one matrix product and one scan for all steps: cheap beside a step-by-step backward.
+            Over time a round is one matrix product and one scan for all steps: cheap beside a step-by-step backward. On
+            one CPU thread, batch 8, 1024 steps, k = 5, a GRU's training step is 5.6 times as fast as a Python loop's
+            and 4.2 times as fast as with torch's own layer at width 16 (cosine to the gradient .97; k = 20: 3.5, 3.0,
+            1.00), 2.2 and 1.9 times at width 64 (.83); an LSTM's 7.5 and 0.4 times at width 16, 2.0 and 0.3 at 64:
+            torch has one kernel for all of its steps there (benchmarks/highway_rnn.py).
 Departs     Rounds run as a serial loop over blocks, so every k >= 1 is slower than backprop; with `batched`, blocks of
             equal structure are one call. A round skips blocks whose signal is final already (w_i after L-i rounds).
             The scan starts from K_{i+1}, which the paper's printed algorithm misindexes. The merge's Jacobian is
             applied as a VJP, whatever it is; of a post-LN block K is the diagonal of its norm, the rest counts as J.
             Growing iterations, gamma over epochs, tolerance and min_residual are not in the paper; all are off.
 Not for     Speed on one device, but over time, or where `batched` blocks are too small to fill it
-            (benchmarks/highway_deep.py), ResNets never; late training of transformers at small k, where blocks cancel
-            the stream and the error grows before it falls (raise gamma, or combination = min_residual).
+            (benchmarks/highway_deep.py), ResNets never; LSTMs on a CPU; late training of transformers at small k, where
+            blocks cancel the stream and the error grows before it falls (raise gamma, or combination = min_residual).
 Reference   Fagnou, Caillon, Delattre, Allauzen (ICLR 2025), arXiv:2501.17086.
 """
 
