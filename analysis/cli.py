@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from analysis.embed import embed
 from analysis.errors import ReportError
 from analysis.measured import Group
 from analysis.merge import merge
+from analysis.rendering import processors
 from analysis.report import Report, build, write
 from analysis.table import Column, Table, header, text
 
@@ -78,7 +78,8 @@ def report(
 ) -> None:
     """Report accuracy against training time: Pareto front, time to target, control split, counts."""
     with _one_sentence():
-        write_report(sources, out, allow_mixed=allow_mixed, into=into, tracking_uri=tracking_uri, claims=claims)
+        options = {"into": into, "tracking_uri": tracking_uri, "claims": claims, "processes": processors()}
+        write_report(sources, out, allow_mixed=allow_mixed, **options)
 
 
 @app.command("diff")
@@ -133,6 +134,7 @@ def write_report(
     into: Path | None = None,
     tracking_uri: str | None = None,
     claims: Path | None = None,
+    processes: int = 1,
 ) -> Path:
     """Write the report, print its Pareto tables and where it is; returns the path of the HTML page.
 
@@ -140,7 +142,7 @@ def write_report(
         ReportError: the sources cannot be read or compared, or the folder cannot be written.
     """
     made = build(sources, allow_mixed=allow_mixed, tracking_uri=tracking_uri, claims=claims)
-    page = write(made, out, processes=os.cpu_count() or 1)
+    page = write(made, out, processes=processes)
     if into is not None:
         embed(made, into)
     screen = Console() if console is None else console

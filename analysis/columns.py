@@ -5,6 +5,7 @@ from __future__ import annotations
 SCHEMA_VERSION = 1
 STATUSES = ("finished", "stopped", "failed", "diverged", "running")
 PHASES = ("search", "measure", "ablate", "single")
+RESULTS = ("finished", "diverged", "stopped")  # ends that stand until another attempt has one
 TIMED = ("measure", "ablate")  # phases of runs that are alone on their device
 SHARED = "the processor is shared"  # as the reason of a run begins that was not alone on a CPU
 ROLES = ("baseline", "method", "control")

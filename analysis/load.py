@@ -96,13 +96,14 @@ class Telling:
     """What one file says of one run: the line that holds there.
 
     Attributes:
-        rank: (attempt, whether it ended); the highest holds.
+        rank: (whether it is a result, attempt, whether it ended); the highest holds. A result that was to be measured
+            again stands until there is another.
         file: number of the file.
         line: number of the line in it.
     """
 
     values: dict[str, Any]
-    rank: tuple[int, bool]
+    rank: tuple[bool, int, bool]
     file: int
     line: int
 
@@ -134,7 +135,9 @@ class Runs:
             for row, value in zip(rows, values.tolist(), strict=True):
                 row[name] = value
         for i, row in zip(found, rows, strict=True):
-            new = Telling(row, (row["attempt"], row["status"] != "running"), file, batch.numbers[i])
+            status = row["status"]
+            rank = status in columns.RESULTS, row["attempt"], status != "running"
+            new = Telling(row, rank, file, batch.numbers[i])
             key = self.key(row)
             known = self._in_file.get(key)
             if known is None or new.rank >= known.rank:
@@ -148,7 +151,7 @@ class Runs:
                 self.held[key] = new
             elif new.rank == known.rank:
                 order = known.among_files, new.among_files
-                if order[0] != order[1] and new.rank[1]:
+                if order[0] != order[1] and new.rank[2]:
                     self._differing[new.values["run_key"]] = (known.file, new.file)
                 if order[1] > order[0]:
                     self.held[key] = new
@@ -232,7 +235,7 @@ class Epochs:
         place_of_code = np.array([place.get(printable(key), -1) for key in self.codes], dtype="int32")
         run = place_of_code[found.pop("code")]
         orphans = int(np.count_nonzero(run < 0))
-        attempt = np.array([held[key].rank[0] for key in keys], dtype="int64")
+        attempt = np.array([held[key].rank[1] for key in keys], dtype="int64")
         mine = (run >= 0) & (found["attempt"] == attempt[run])
         own_file = np.array([held[key].file for key in keys], dtype="int32")
         run, found = run[mine], {name: values[mine] for name, values in found.items()}

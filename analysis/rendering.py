@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ _RC: Any = {
     "legend.frameon": False,
 }
 
+MOST_PROCESSES = 8
 WORTH_A_PROCESS = 6  # drawings; another process spends as long as about three of them on its imports
 
 
@@ -62,8 +65,22 @@ def rendered(drawings: Iterable[Drawing], processes: int = 1) -> Iterator[tuple[
     with ProcessPoolExecutor(processes - 1, get_context("spawn")) as pool:
         elsewhere = {i: pool.submit(render, d) for i, d in enumerate(drawings) if i % processes}
         here = {i: render(d) for i, d in enumerate(drawings) if i not in elsewhere}
-        for i in range(len(drawings)):
-            yield from here[i] if i in here else elsewhere[i].result()
+        for i, drawing in enumerate(drawings):
+            yield from here[i] if i in here else _made(elsewhere[i], drawing)
+
+
+def _made(elsewhere: Future[list[tuple[str, bytes]]], drawing: Drawing) -> list[tuple[str, bytes]]:
+    """What the other process drew; drawn here where that was killed, as for memory."""
+    try:
+        return elsewhere.result()
+    except BrokenProcessPool:
+        return render(drawing)
+
+
+def processors() -> int:
+    """How many processes this one may keep busy."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, MOST_PROCESSES)
 
 
 def render(drawing: Drawing) -> list[tuple[str, bytes]]:

@@ -281,10 +281,12 @@ def claims(rows: list[dict[str, Any]]) -> tuple[dict[str, float], dict[str, floa
 
 
 def naive_over_ours(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Net to the naive peer's overhead over ours, both with an update in every step."""
+    """Net and fraction to the naive peer's overhead over ours, both with an update in every step."""
     ours = {_place(row): row["overhead"] for row in rows if row["what"].endswith("interval 1")}
     peers = [row for row in rows if row["what"].startswith("naive") and _place(row) in ours]
-    return {row["net"]: row["overhead"] / max(ours[_place(row)], 1e-3) for row in peers}
+    return {
+        f"{row['net']}, p = {row['sample_fraction']:g}": row["overhead"] / max(ours[_place(row)], 1e-3) for row in peers
+    }
 
 
 def _place(row: dict[str, Any]) -> tuple[str, float]:

@@ -181,4 +181,5 @@ def _trainable(parameters: Parameters) -> Parameters:
 
 def _no_graph(x: Tensor) -> AbstractContextManager[object]:
     """Under autocast there is one, and it is dropped: a cast weight that was cached without one has no gradient."""
-    return nullcontext() if torch.is_autocast_enabled(x.device.type) else torch.no_grad()
+    casts = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    return nullcontext() if casts else torch.no_grad()

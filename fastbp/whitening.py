@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 STRUCTURES = ("full", "block", "channel")
@@ -146,7 +147,7 @@ def meet_few_rows(layer: nn.Linear) -> list[RemovableHandle]:
 
     def before(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> tuple[Any, Any] | None:
         x = args[0] if args else kwargs["input"]
-        if x.shape[:-1].numel() >= outputs:
+        if x.shape[:-1].numel() >= outputs or parametrize._cache_enabled:  # a cached W R serves calls of any size
             return None
         matrix = decorrelation_of(layer)  # the layer's own: a copy of the model has copies of both, with these hooks
         matrix.in_weight = False

@@ -24,7 +24,7 @@ class Ledger:
     """The newest state of every run of a sweep.
 
     Attributes:
-        runs: by run_key, in the order of their first line.
+        runs: by run_key, in the order of their first line; a result stands until another attempt has one.
         attempts: by run_key, the number of attempts on record.
         sweep: the newest sweep record, if any.
         again: keys of runs whose result is not enough, so that they run once more.
@@ -49,9 +49,11 @@ class Ledger:
                 value = getattr(record, name)
                 setattr(record, name, self._mappings.setdefault(json.dumps(value, sort_keys=True), value))
             record.recipe, record.method = interned(record.recipe), interned(record.method)
-            self.runs[record.run_key] = record
             if record.status in DONE:
                 self.again.discard(record.run_key)
+            known = self.runs.get(record.run_key)
+            if known is None or known.status not in DONE or record.status in DONE:  # a result stands until the next one
+                self.runs[record.run_key] = record
             self.attempts[record.run_key] = max(self.attempts.get(record.run_key, 0), record.attempt + 1)
         elif isinstance(record, SweepRecord):
             self.sweep = record
@@ -65,7 +67,7 @@ class Ledger:
     def contaminated(self) -> list[RunRecord]:
         """Results of measured cells that shared their device, whose times say nothing."""
         timed = (r for r in self.runs.values() if r.phase in ("measure", "ablate"))
-        return [r for r in timed if r.status in DONE and not r.exclusive]
+        return [r for r in timed if r.status == "finished" and not r.exclusive]
 
     def of_phase(self, phase: str, arm: str | None = None) -> list[RunRecord]:
         return [r for r in self.runs.values() if r.phase == phase and arm in (None, r.arm)]

@@ -67,7 +67,7 @@ def open_ledger(plan: Plan, out: Path) -> tuple[Ledger, RecordWriter]:
     ledger = load_ledger(path)
     if ledger.sweep is not None and ledger.sweep.file_hash != plan.sweep.hash:
         raise SweepError(
-            f"{out} holds sweep {ledger.sweep.sweep!r} as it was before the file changed; "
+            f"{out} holds sweep {ledger.sweep.sweep!r} as it was before the file or fastbp's settings changed; "
             f"give the changed sweep another `name`, or another folder with --out"
         )
     return ledger, writer

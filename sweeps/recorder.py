@@ -21,6 +21,10 @@ from sweeps.stopping import Stop
 _KEPT = {"done", "training_iteration", "val_accuracy", "record/flops_executed", "end/status", "should_checkpoint"}
 
 
+# What Tune keeps of what a trial was told, three times, until the experiment ends: 20 kB, all of it in the records too.
+_TOLD = ("config", "evaluated_params", "_Trial__unresolved_config")
+
+
 class Recorder(Callback):
     """Writes records and keeps the ledger; tells `on_end` of every run that ended.
 
@@ -73,7 +77,8 @@ class Recorder(Callback):
         epoch = self._epochs.pop(trial.trial_id, None)
         if epoch is not None:
             self._on_end(self._ledger.runs[epoch.run_key])
-        trial.config = {}  # Tune holds its trials until the experiment ends; the records hold what this one was told
+        for name in _TOLD:
+            setattr(trial, name, {})
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._progress.started(_unstarted(trial.config))

@@ -140,3 +140,18 @@ def test_infinite_and_null_numbers_become_unknown(tmp_path):
 def test_the_last_sweep_record_holds(tmp_path):
     lines = [sweep_line(seeds=[0]), sweep_line(seeds=[0, 1]), run_line()]
     assert [s["seeds"] for s in load([write(tmp_path / "records.jsonl", lines)]).sweeps] == [[0, 1]]
+
+
+@pytest.mark.parametrize("later", ["running", "failed"])
+def test_a_result_stands_until_a_later_attempt_has_one(tmp_path, later):
+    """A contaminated run that is measured again, and is not through or fails, keeps its accuracy."""
+    first = run_line(run_key="k", exclusive=False, test_accuracy=0.9)
+    second = run_line(run_key="k", attempt=1, status=later, test_accuracy=None)
+    third = run_line(run_key="k", attempt=2, test_accuracy=0.8)
+    for lines, status, accuracy, attempt in (
+        ([first, second], "finished", 0.9, 0),
+        ([first, second, third], "finished", 0.8, 2),
+    ):
+        epochs = [line for run in lines for line in epoch_lines(run)]
+        (row,) = load([write(tmp_path / "records.jsonl", [*lines, *epochs])]).runs.to_dict("records")
+        assert (row["status"], row["test_accuracy"], row["attempt"]) == (status, accuracy, attempt)

@@ -51,7 +51,7 @@ def test_a_sweep_that_is_too_slow_ends_the_benchmark_with_one(script, monkeypatc
     benchmark = script("sweep_overhead")
     seconds = dict(zip(benchmark.VARIANTS, ([1.0], [ours], [0.8], [0.9]), strict=True))
     monkeypatch.setattr(benchmark, "per_trial", lambda *_: seconds)
-    found = {"trials": 10, "seconds": 1.0, "every": 1, "mib": [1.0, 1.0], "mib_per_1000": 0.0}
+    found = {"trials": 10, "seconds": 1.0, "every": 1, "mib": [1.0, 1.0], "mib_per_1000": 0.0, "bare_mib_per_1000": 0.0}
     monkeypatch.setattr(benchmark, "memory", lambda _: found)
     monkeypatch.setattr(benchmark, "ray_session", contextlib.nullcontext)
     check_end(benchmark, said, tmp_path / "out.json")

@@ -103,3 +103,31 @@ def test_under_activation_checkpointing():
     bound(saved).backward(x, y)
     for p, q in zip(plain.parameters(), saved.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad)
+
+
+def test_a_cached_weight_is_whole_for_calls_of_any_size():
+    model = net()
+    bound(model)
+    few, many = batch(3)[0], batch(50)[0]
+    want = model(few), model(many)
+    for first, second in ((0, 1), (1, 0)):
+        with torch.nn.utils.parametrize.cached():
+            got = {i: model((few, many)[i]) for i in (first, second)}
+        torch.testing.assert_close((got[0], got[1]), want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_compiled_and_under_autocast():
+    x, y = batch(3)
+    plain, compiled = net().float(), net().float()
+    bound(plain).backward(x.float(), y)
+    bound(compiled)
+    torch._dynamo.reset()
+    out = torch.compile(compiled, backend="aot_eager")(x.float())
+    cross_entropy(out, y).backward()
+    for p, q in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = plain(x.float())
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), plain(x.float()), rtol=0.05, atol=0.05)

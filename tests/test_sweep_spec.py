@@ -202,6 +202,7 @@ def test_packaged_sweeps_are_valid(file, smoke, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FASTBP_DATA", str(tmp_path))
     image_folder(tmp_path / "data" / "cifar10")  # which some of them name
+    (tmp_path / "data" / "tinyshakespeare.txt").write_text("Speak, speak.\n" * 20_000)
     plan = load_plan(file.stem, smoke=smoke)
     assert plan.sweep.name == file.stem + "-smoke" * smoke, f"{file.name} is called {plan.sweep.name}"
     if smoke:

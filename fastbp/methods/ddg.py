@@ -8,7 +8,8 @@ Cost        On one device: backprop's time; a module that is d steps late holds 
             `stash`). Side by side, on `devices` or in `processes`: the slowest module's forward and backward per batch,
             so `split` by measured time is the default there (modules that sleep: 1.03 to 1.04 times that, K = 2, 3, 4;
             memory: 1.00 times the formula, `replay` 0.90 to 0.98; K = 2 on two CPU processes: 1.86 times the throughput
-            of backprop on one thread, 1.05, quartiles 0.99 to 1.13, of both threads; benchmarks/ddg_speed.py).
+            of backprop on one thread, 1.05, quartiles 0.99 to 1.13, of both threads, 1.27 times that of 1F1B, 0.99 of
+            data parallelism; benchmarks/ddg_speed.py).
 Departs     `stash` (default) differentiates at the weights of the batch, as the paper's formula says; the authors' code
             used the current ones in part (`mixed`). `replay` recomputes the forward (features replay). Dropout is
             seeded by (module, step). A module that has nothing to apply yet takes no step at all. A module asks for its

@@ -7,7 +7,7 @@ Needs       Any model. Wraps `inner`. The head always learns: name it in `head` 
             Checkpointed activations with use_reentrant=False; DistributedDataParallel with find_unused_parameters=True.
 Cost        A coin per unit saves drop_rate x the weight gradients' share (about 1/3) of the dropping epochs, 8 % of
             a run at the defaults; of the input gradients only the few below the lowest kept unit. `prefix` saves both
-            below its cut: about drop_rate x 2/3, where the layers cost alike. A larger batch saves time too, by itself:
+            below its cut: about drop_rate x 2/3, where the layers cost alike. A larger batch may save time by itself:
             compare with the control. Counted FLOPs are a mean over all masks, or over 16 that stand for them: every
             unit is dropped as often as the drop_rate says, to a sixteenth. Of what they predict, one CPU thread saves
             65 to 154 % in a dropping step, at least 85 % in 13 of 18 cases (six nets, benchmarks/ldb_saving.py).
@@ -23,7 +23,7 @@ Not for     Saving memory (but `prefix` keeps no activation below its cut); comp
             up and runs eagerly (equal blocks compiled one by one share graphs: at most four with unit `block`, two
             more than a block has layers with `prefix`). Short trainings: ResNet-20, 2048 images of 16 px, 5 epochs, two
             of which drop, one CPU thread, 3 seeds (sweeps/drop_rates.yaml): 1.05, 1.07, 1.17 and 1.23 times as fast as
-            backprop with `layer`, `tensor`, `prefix` and `block` (on twice the batch), none beyond the noise after
+            backprop with `layer`, `tensor`, `prefix` and, on twice the batch, `block`, none beyond the noise after
             correction, at 0.6 to 2.6 points less accuracy, which are the plan's: the mask alone moves -0.6 to +0.2.
 Reference   Hershkovitch Neiterman, Ben-Artzi (2024), arXiv:2412.18027.
 """
