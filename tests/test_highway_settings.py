@@ -29,7 +29,18 @@ SETTINGS = [
 
 @pytest.mark.parametrize(
     "method",
-    [*SETTINGS, LayerDropBack(unit="block", inner=SETTINGS[1]), DecorrelatedBP(decor_lr=1e-2, inner=SETTINGS[2])],
+    [
+        SETTINGS[0],
+        SETTINGS[3],
+        *(
+            pytest.param(method, marks=pytest.mark.long)
+            for method in (
+                *SETTINGS[1:3],
+                LayerDropBack(unit="block", inner=SETTINGS[1]),
+                DecorrelatedBP(decor_lr=1e-2, inner=SETTINGS[2]),
+            )
+        ),
+    ],
     ids=str,
 )
 def test_method_conforms(method):
