@@ -23,11 +23,12 @@ from torch.autograd.function import once_differentiable
 
 from fastbp.cell_rounds import GRU, LSTM, Cell, LayerRounds, PaperLSTM
 from fastbp.chain import Chain
-from fastbp.method import EpochPlan, GradientEstimator, LossFn
+from fastbp.highway_schedule import ScheduledEstimator
+from fastbp.method import LossFn
 from fastbp.recurrent import Recurrent
 
 if TYPE_CHECKING:
-    from fastbp.methods.highway import HighwayBP, Schedule
+    from fastbp.methods.highway import HighwayBP
 
 LSTM_STATES = ("co", "ch")
 
@@ -48,39 +49,21 @@ def sees_over_time(model: nn.Module) -> TypeGuard[Recurrent]:
     return False
 
 
-class HighwayOverTime(GradientEstimator):
-    """Highway-BP bound to a `Recurrent`.
+class HighwayOverTime(ScheduledEstimator):
+    """Highway-BP bound to a `Recurrent`."""
 
-    Args:
-        method: its settings.
-        model: what to train.
-        loss_fn: of its outputs.
-        schedule: tells every step its rounds.
-    """
+    model: Recurrent
 
-    def __init__(self, method: HighwayBP, model: Recurrent, loss_fn: LossFn, schedule: Schedule) -> None:
-        self.method = method
-        self.model: Recurrent = model
-        self.loss_fn = loss_fn
-        self.schedule = schedule
+    def __init__(self, method: HighwayBP, model: Recurrent, loss_fn: LossFn) -> None:
+        super().__init__(method, model, loss_fn, model.steps)
 
-    def start_epoch(self, epoch: int) -> EpochPlan:
-        return self.schedule.start_epoch(epoch)
-
-    def backward(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.schedule.exact:
-            loss = self.loss_fn(self.model(x), y)
-            loss.backward()
-            return loss.detach()
-        iterations, measure = self.schedule.rounds()
+    def estimate(self, x: Tensor, y: Tensor, iterations: int, measure: bool) -> tuple[Tensor, Tensor | None]:
         method, growth = self.method, [] if measure else None
         best = method.combination == "min_residual"
         rounds = LayerRounds(iterations, self.schedule.gamma, method.lstm_state, best, growth)
         loss = self.loss_fn(self.model.compute(x, lambda layer, h: self._run(layer, h, rounds)), y)
         loss.backward()
-        if measure:
-            self.schedule.saw(torch.stack(rounds.growth).amax(0) if rounds.growth else None)
-        return loss.detach()
+        return loss, torch.stack(rounds.growth).amax(0) if rounds.growth else None
 
     def _run(self, layer: nn.Module, h: Tensor, rounds: LayerRounds) -> Tensor:
         steps = self.model.steps
@@ -92,16 +75,6 @@ class HighwayOverTime(GradientEstimator):
         if rounds.iterations >= len(h) - 1:
             return layer(h)[0]
         return highway_layer(layer, h, rounds)
-
-    def metrics(self) -> dict[str, float]:
-        return self.schedule.metrics()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.schedule.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state:
-            self.schedule.load_state_dict(state)
 
 
 def highway_layer(layer: nn.Module, x: Tensor, rounds: LayerRounds) -> Tensor:

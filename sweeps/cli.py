@@ -105,6 +105,7 @@ def submit(
     env: Annotated[list[str] | None, typer.Option(help="NAME or NAME=VALUE for the job; repeatable")] = None,
     wait: Annotated[bool, typer.Option(help="follow the log, and exit with the sweep's own code")] = True,
     smoke: Annotated[bool, typer.Option(help="one epoch, one trial, one seed")] = False,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="measure again what shared its device")] = False,
 ) -> None:
     """Run a sweep as a job of a Ray cluster. Ctrl-C stops following, not the job; the same command follows it again.
 
@@ -113,7 +114,9 @@ def submit(
     """
     from sweeps.submit import prepare, warnings
 
-    request = prepare(file, address=address, out=out, working_dir=working_dir, env=env or [], smoke=smoke)
+    request = prepare(
+        file, address=address, out=out, working_dir=working_dir, env=env or [], smoke=smoke, remeasure=remeasure
+    )
     console = Console()
     for warning in warnings(request):
         _say(console, warning)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +23,10 @@ class Ledger:
     """The newest state of every run of a sweep.
 
     Attributes:
-        runs: by run_key, in the order of their first line; a result stands until another attempt has one.
+        runs: by run_key, in the order of their first line.
         attempts: by run_key, the number of attempts on record.
         sweep: the newest sweep record, if any.
-        again: keys of runs whose result is not enough, so that they run once more.
+        again: keys of runs that are to run once more although they have a result.
     """
 
     runs: dict[str, RunRecord] = field(default_factory=dict)
@@ -48,12 +47,8 @@ class Ledger:
             for name in ("task", "device", "software"):  # one object for the thousands of runs that are equal there
                 value = getattr(record, name)
                 setattr(record, name, self._mappings.setdefault(json.dumps(value, sort_keys=True), value))
-            record.recipe, record.method = interned(record.recipe), interned(record.method)
-            if record.status in DONE:
-                self.again.discard(record.run_key)
-            known = self.runs.get(record.run_key)
-            if known is None or known.status not in DONE or record.status in DONE:  # a result stands until the next one
-                self.runs[record.run_key] = record
+            self.again.discard(record.run_key)
+            self.runs[record.run_key] = record
             self.attempts[record.run_key] = max(self.attempts.get(record.run_key, 0), record.attempt + 1)
         elif isinstance(record, SweepRecord):
             self.sweep = record
@@ -79,13 +74,6 @@ class Ledger:
     def best_trials(self, arm: str, most: int) -> list[RunRecord]:
         """The arm's chosen search trials, the most accurate first; see `chosen_trials`."""
         return chosen_trials(self.of_phase("search", arm), most)
-
-
-def interned(value: Any) -> Any:
-    """The same mapping with one string object for all equal keys and texts."""
-    if isinstance(value, dict):
-        return {sys.intern(key): interned(item) for key, item in value.items()}
-    return sys.intern(value) if type(value) is str else value
 
 
 def config_of(record: RunRecord) -> RunConfig:

@@ -56,7 +56,14 @@ class Submission:
 
 
 def prepare(
-    file: str, *, address: str, out: str | None, working_dir: Path, env: list[str], smoke: bool = False
+    file: str,
+    *,
+    address: str,
+    out: str | None,
+    working_dir: Path,
+    env: list[str],
+    smoke: bool = False,
+    remeasure: bool = False,
 ) -> Submission:
     """Check everything that can be checked before a byte is sent.
 
@@ -67,6 +74,7 @@ def prepare(
         working_dir: uploaded, and the job's working directory.
         env: NAME (its value here) or NAME=VALUE each.
         smoke: the sweep at its smallest.
+        remeasure: whether measured runs that shared their device run again.
 
     Raises:
         SweepError: the sweep, the address, the folder or the environment cannot be used; nothing was sent.
@@ -84,7 +92,8 @@ def prepare(
     _check_kept(out, uri)
     if commit:
         variables |= {"FASTBP_GIT_COMMIT": commit, "FASTBP_GIT_DIRTY": str(int(bool(dirty)))}
-    command = ["fastbp-sweep", "run", inside, *(["--out", out] if out else []), *(["--smoke"] if smoke else [])]
+    command = ["fastbp-sweep", "run", inside, *(["--out", out] if out else [])]
+    command += ["--smoke"] * smoke + ["--remeasure"] * remeasure
     metadata = {"fastbp.sweep": sweep.name, "fastbp.hash": sweep.hash, "fastbp.out": out or ""}
     return Submission(_address(address), folder, command, FIXED | variables, metadata, uri)
 

@@ -25,8 +25,8 @@ def work(tmp_path, monkeypatch):
     return work
 
 
-def request(work, file="toy.yaml", *, address=HEAD, out="/shared/toy", env=()):
-    return prepare(file, address=address, out=out, working_dir=work, env=list(env))
+def request(work, file="toy.yaml", *, address=HEAD, out="/shared/toy", env=(), **options):
+    return prepare(file, address=address, out=out, working_dir=work, env=list(env), **options)
 
 
 def test_the_job_is_the_command_of_the_readme(work, monkeypatch):
@@ -51,6 +51,7 @@ def test_the_job_is_the_command_of_the_readme(work, monkeypatch):
     ], said
     (loud,) = warnings(request(work, "a folder/toy.yaml", env=["MLFLOW_TRACKING_PASSWORD"]))
     assert loud.startswith("warning: MLFLOW_TRACKING_PASSWORD goes with --env into the job's environment"), loud
+    assert request(work, "a folder/toy.yaml", smoke=True, remeasure=True).command[-2:] == ["--smoke", "--remeasure"]
     assert request(work, "quickstart").command[2] == "quickstart", "a packaged sweep is found on the other side too"
 
 

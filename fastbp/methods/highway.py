@@ -30,12 +30,13 @@ Reference   Fagnou, Caillon, Delattre, Allauzen (ICLR 2025), arXiv:2501.17086.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from fastbp.chain import Chain, has_residual_path
 from fastbp.highway_recurrent import LSTM_STATES, HighwayOverTime, sees_over_time
+from fastbp.highway_schedule import ScheduledEstimator
 from fastbp.knobs import Choice, IntRange, nearest, require
 from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method
 from fastbp.rounds import min_residual, sum_of_increments
@@ -43,7 +44,6 @@ from fastbp.tapes import BlockPlan, Tapes
 from fastbp.views import as_chain
 
 _COMBINATIONS = ("sum", "min_residual")
-_MEASURE_EVERY = 100  # steps
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class HighwayBP(Method):
 
     def bind(self, model: nn.Module, loss_fn: LossFn) -> GradientEstimator:
         if sees_over_time(model):
-            return HighwayOverTime(self, model, loss_fn, Schedule(self, model.steps or 0))
+            return HighwayOverTime(self, model, loss_fn)
         chain = as_chain(model)
         if not any(has_residual_path(block) for block in chain.residuals()):
             raise TypeError(
@@ -108,81 +108,18 @@ class HighwayBP(Method):
         return None if length is None else replace(self, iterations=length, growing_epochs=0, tolerance=0.0)
 
 
-class Schedule:
-    """What the steps of an epoch do: how many rounds, with which gamma, and when they measure their increments.
-
-    Attributes:
-        iterations: rounds k of this epoch's steps.
-        gamma: of this epoch.
-        exact: whether this epoch is plain backprop.
-    """
-
-    def __init__(self, method: HighwayBP, blocks: int) -> None:
-        self.method, self.blocks = method, blocks
-        self._seen: Tensor | list[float] | None = None  # ratios of increment to sum, by round, measured last
-        self.start_epoch(0)
-
-    def start_epoch(self, epoch: int) -> EpochPlan:
-        method, self._step = self.method, 0
-        growing, warming = epoch < method.growing_epochs, epoch < method.gamma_epochs
-        self._most = -(-method.iterations * (epoch + 1) // method.growing_epochs) if growing else method.iterations
-        self.gamma = method.gamma * epoch / method.gamma_epochs if warming else method.gamma
-        self.exact = 0 < method.exact_from <= epoch
-        small = [m for m, ratio in enumerate(self._ratios(), start=1) if ratio < method.tolerance]
-        self.iterations = min([self._most, *small])
-        if not (method.growing_epochs or method.exact_from or method.tolerance):
-            return EpochPlan()
-        return EpochPlan(kind="exact" if self.exact else f"k={self.iterations}")
-
-    def rounds(self) -> tuple[int, bool]:
-        """Of the next step: how many rounds to run, and whether to hand the ratios to `saw`."""
-        measure = self._step % _MEASURE_EVERY == 0 and self._most > 0
-        self._step += 1
-        return (self._most if measure and self.method.tolerance else self.iterations), measure
-
-    def saw(self, ratios: Tensor | None) -> None:
-        """Of every round, the norm of its increment over the norm of the sum so far; stays on the device."""
-        self._seen = ratios
-
-    def _ratios(self) -> list[float]:
-        if isinstance(self._seen, Tensor):
-            self._seen = self._seen.tolist()
-        return self._seen or []
-
-    def metrics(self) -> dict[str, float]:
-        """The rounds, and the increments of the step that looked at them last: growing ones mean cancelling blocks."""
-        found = {"highway/iterations": float(self.blocks if self.exact else self.iterations)}
-        ratios = [] if self.exact else self._ratios()
-        if ratios:
-            found |= {"highway/last_increment": ratios[-1], "highway/largest_increment": max(ratios)}
-        return found
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"increments": self._ratios()} if self.method.tolerance else {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._seen = list(state["increments"])
-
-
-class _HighwayBP(GradientEstimator):
+class _HighwayBP(ScheduledEstimator):
     def __init__(self, method: HighwayBP, model: nn.Module, chain: Chain, loss_fn: LossFn) -> None:
-        self.method = method
-        self.model = model
+        super().__init__(method, model, loss_fn, len(chain.blocks))
         self.chain = chain
-        self.loss_fn = loss_fn
-        self.schedule = Schedule(method, len(chain.blocks))
         self.combine = sum_of_increments if method.combination == "sum" else min_residual
         self.plan: BlockPlan | None = None  # made late: other methods may still change the layers
 
     def start_epoch(self, epoch: int) -> EpochPlan:
         self.plan = None
-        return self.schedule.start_epoch(epoch)
+        return super().start_epoch(epoch)
 
-    def backward(self, x: Tensor, y: Tensor) -> Tensor:
-        if self.schedule.exact:
-            loss = self.loss_fn(self.model(x), y)
-            loss.backward()
-            return loss.detach()
+    def estimate(self, x: Tensor, y: Tensor, iterations: int, measure: bool) -> tuple[Tensor, Tensor | None]:
         if self.plan is None:
             self.plan = BlockPlan(self.chain.residuals(), batched=self.method.batched)
         h0 = self.chain.stem(x)
@@ -192,23 +129,8 @@ class _HighwayBP(GradientEstimator):
         loss.backward()
         if last.grad is None:
             raise TypeError("HighwayBP: the loss does not depend on the last block's output")
-        rounds, measure = self.schedule.rounds()
-        w, ratios = self.combine(tapes, last.grad, rounds, measure=measure)
-        if measure:
-            self.schedule.saw(ratios)
+        w, ratios = self.combine(tapes, last.grad, iterations, measure=measure)
         tapes.accumulate(w)
         if h0.requires_grad:
             h0.backward(w[0])
-        return loss.detach()
-
-    def metrics(self) -> dict[str, float]:
-        return self.schedule.metrics()
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.schedule.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.method.tolerance:
-            self.schedule.load_state_dict(state)
-        else:
-            super().load_state_dict(state)
+        return loss, ratios
