@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbp.flops import step_flops
-from fastbp.method import GradientEstimator, LossFn, Method
+from fastbp.method import GradientEstimator, LossFn, Method, start_again
 from fastbp.methods import Backprop
 
 _LATE = 100  # epochs of this many periods on are as all later ones
@@ -65,18 +66,18 @@ def _cost(
 ) -> Cost:
     period = method.epoch_period
     flops: dict[str, float | None] = {}
-    kinds = []
-    for epoch in range(_LATE * period, (_LATE + 1) * period):
-        kind = estimator.start_epoch(epoch).kind
-        kinds.append(kind)
-        if kind not in flops:
+    fresh = copy.deepcopy(estimator.state_dict())
+    plans = {epoch: estimator.start_epoch(epoch) for epoch in range(_LATE * period, (_LATE + 1) * period)}
+    for epoch, plan in plans.items():
+        if plan.kind not in flops:
+            start_again(estimator, epoch, plan, fresh)
             _warm_up(estimator, x, y)
-            flops[kind] = step_flops(estimator, x, y)
+            flops[plan.kind] = step_flops(estimator, x, y)
     state_bytes = _bytes([dict(estimator.model.state_dict()), estimator.state_dict()]) - plain_bytes
     ratios = {kind: count / backprop for kind, count in flops.items() if count is not None and backprop}
     if len(ratios) < len(flops):
         return Cost({}, None, state_bytes)
-    return Cost(ratios, sum(ratios[kind] for kind in kinds) / len(kinds), state_bytes)
+    return Cost(ratios, sum(ratios[plan.kind] for plan in plans.values()) / len(plans), state_bytes)
 
 
 def _warm_up(estimator: GradientEstimator, x: Tensor, y: Tensor) -> None:

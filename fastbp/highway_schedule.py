@@ -36,20 +36,20 @@ class Schedule:
     def start_epoch(self, epoch: int) -> EpochPlan:
         method, self._step = self.method, 0
         growing, warming = epoch < method.growing_epochs, epoch < method.gamma_epochs
-        self._most = -(-method.iterations * (epoch + 1) // method.growing_epochs) if growing else method.iterations
+        most = -(-method.iterations * (epoch + 1) // method.growing_epochs) if growing else method.iterations
         self.gamma = method.gamma * epoch / method.gamma_epochs if warming else method.gamma
         self.exact = 0 < method.exact_from <= epoch
         small = [m for m, ratio in enumerate(self._ratios(), start=1) if ratio < method.tolerance]
-        self.iterations = min([self._most, *small])
+        self.iterations = min([most, *small])
         if not (method.growing_epochs or method.exact_from or method.tolerance):
             return EpochPlan()
         return EpochPlan(kind="exact" if self.exact else f"k={self.iterations}")
 
     def rounds(self) -> tuple[int, bool]:
         """Of the next step: how many rounds to run, and whether to hand the ratios to `saw`."""
-        measure = self._step % _MEASURE_EVERY == 0 and self._most > 0
+        measure = self._step % _MEASURE_EVERY == 0 and self.iterations > 0
         self._step += 1
-        return (self._most if measure and self.method.tolerance else self.iterations), measure
+        return self.iterations, measure
 
     def saw(self, ratios: Tensor | None) -> None:
         """Of every round, the norm of its increment over the norm of the sum so far; stays on the device."""

@@ -7,6 +7,7 @@ belong to the training loop. Read this file first.
 
 from __future__ import annotations
 
+import copy
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -256,6 +257,13 @@ class WrappingEstimator(GradientEstimator):
 
     def finalize(self) -> nn.Module:
         return self.inner.finalize()
+
+
+def start_again(estimator: GradientEstimator, epoch: int, plan: EpochPlan, state: dict[str, Any]) -> None:
+    """Start the epoch that had this plan in this state, from which steps since may have led the estimator away."""
+    if estimator.start_epoch(epoch) != plan:
+        estimator.load_state_dict(copy.deepcopy(state))
+        estimator.start_epoch(epoch)
 
 
 def parts(method: Method) -> list[Method]:

@@ -29,7 +29,7 @@ from fastbp.energy import energy_reader
 from fastbp.environment import device_fingerprint, git_state, software_fingerprint
 from fastbp.flops import step_flops
 from fastbp.knobs import coerce_fields, nearest
-from fastbp.method import EpochPlan, GradientEstimator, Method, method_from_dict, reseed
+from fastbp.method import EpochPlan, GradientEstimator, Method, method_from_dict, reseed, start_again
 from fastbp.methods import Backprop
 from fastbp.methods.ddg import in_place
 from fastbp.nets import make_model
@@ -151,7 +151,7 @@ class Run:
         self.last = EpochRecord(run_key=config.key, attempt=attempt)
         self.best_val_accuracy: float | None = None
         self.flops: dict[str, float | None] = {}  # per example, by kind of epoch
-        self.kinds: list[str] = []  # of every epoch, once warm
+        self.plans: list[EpochPlan] = []  # of every epoch as an estimator that has not trained makes them, once warm
         self.started_at, self._began = utc_now(), time.monotonic()
 
     def _setup(self, data: Dataset | None) -> None:
@@ -159,8 +159,7 @@ class Run:
         if data is None:
             data = load_task_data(task, recipe, self.device)
         self.data = data.to(self.device)
-        model = make_model(task.model, data.input_shape, data.classes, task.model_args, seed)
-        model = model.to(self.device, recipe.dtype).train()
+        model = self._make_model()
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.loss_fn = recipe.make_loss()
         self.pristine = copy.deepcopy(model)  # warm-up and counting happen on it
@@ -173,6 +172,11 @@ class Run:
             self.clock.wait_for(self.devices)
         self.energy = energy_reader(*self.devices)
         self.optimizer = recipe.make_optimizer(self.estimator.param_groups())
+
+    def _make_model(self) -> nn.Module:
+        task, data = self.config.task, self.data
+        model = make_model(task.model, data.input_shape, data.classes, task.model_args, self.config.seed)
+        return model.to(self.device, self.recipe.dtype).train()
 
     @property
     def done(self) -> bool:
@@ -190,6 +194,8 @@ class Run:
             self.warm_up()
         plan = self.estimator.start_epoch(self.epoch)
         batch_size = _batch_size(self.recipe, plan.batch_scale)
+        if self.kind(plan) not in self.flops:
+            self._warm_up_unforeseen(plan)
         loss, lr = self._train(batch_size, plan.lr_scale)
         self.epoch += 1
         record = EpochRecord(
@@ -202,7 +208,7 @@ class Run:
             lr=lr,
             train_loss=loss,
             peak_memory_bytes=self._peak_memory(),
-            flops_executed=self._add_flops(_kind(batch_size, plan)),
+            flops_executed=self._add_flops(self.kind(plan)),
             energy_joules=self.last.energy_joules,
             metrics={name: value for name, value in self.estimator.metrics().items() if math.isfinite(value)},
         )
@@ -252,40 +258,63 @@ class Run:
         """Run every kind of step that the method's plans ask for on a copy of the model, and count its FLOPs.
 
         Batches come through the same gather and augmentation as in training, in both sizes of an epoch. The run's own
-        weights, buffers and random numbers are not touched.
+        weights, buffers and random numbers are not touched. `plans` are those of an estimator that has not trained.
         """
         with self.clock.segment("warmup"), seeded(self.device, _mixed(self.config.seed)):
-            estimator = reseed(self.method, self.config.seed).bind(self.pristine, self.loss_fn)
-            with self.recipe.precision_context(self.device):
-                estimator.prepare(*self.data.dummy_batch(self.recipe.batch_size))
-            optimizer = self.recipe.make_optimizer(estimator.param_groups())
-            for epoch in range(self.recipe.epochs):
-                plan = estimator.start_epoch(epoch)
-                batch_size = _batch_size(self.recipe, plan.batch_scale)
-                kind = _kind(batch_size, plan)
-                self.kinds.append(kind)
-                if kind not in self.flops:
-                    with self.recipe.precision_context(self.device):
-                        self.flops[kind] = self._warm_up_kind(estimator, optimizer, batch_size)
+            estimator, optimizer = self._bind_copy(self.pristine)
+            fresh = copy.deepcopy(estimator.state_dict())
+            self.plans = [estimator.start_epoch(epoch) for epoch in range(self.recipe.epochs)]
+            for epoch, plan in enumerate(self.plans):
+                if self.kind(plan) not in self.flops:
+                    start_again(estimator, epoch, plan, fresh)
+                    self._warm_up_kind(estimator, optimizer, plan)
             estimator.finalize()
         self.warm = True
         del self.pristine, estimator, optimizer
         gc.collect()  # hooks hold the copy in cycles, which would count as training memory
 
-    def _warm_up_kind(
-        self, estimator: GradientEstimator, optimizer: torch.optim.Optimizer, batch_size: int
-    ) -> float | None:
-        """Steps of one kind on the copy; returns FLOPs per example."""
+    def _warm_up_unforeseen(self, plan: EpochPlan) -> None:
+        """The same for this epoch's plan, which what was trained so far has brought about."""
+        with self.clock.segment("warmup"), seeded(self.device, _mixed(self.config.seed)):
+            estimator, optimizer = self._bind_copy(self._make_model())
+            start_again(estimator, self.epoch, plan, self.estimator.state_dict())
+            self._warm_up_kind(estimator, optimizer, plan)
+            estimator.finalize()
+        del estimator, optimizer
+        gc.collect()
+
+    def rewind(self, epoch: int) -> None:
+        """Be about to train this epoch as if none had been trained, to time it; the weights stay as they are."""
+        self.epoch, self.status = epoch, "running"
+        if self.estimator.start_epoch(epoch) != self.plans[epoch]:
+            with seeded(self.device, _mixed(self.config.seed)):
+                fresh, _ = self._bind_copy(self._make_model())
+            start_again(self.estimator, epoch, self.plans[epoch], fresh.state_dict())
+
+    def _bind_copy(self, model: nn.Module) -> tuple[GradientEstimator, torch.optim.Optimizer]:
+        estimator = reseed(self.method, self.config.seed).bind(model, self.loss_fn)
+        with self.recipe.precision_context(self.device):
+            estimator.prepare(*self.data.dummy_batch(self.recipe.batch_size))
+        return estimator, self.recipe.make_optimizer(estimator.param_groups())
+
+    def _warm_up_kind(self, estimator: GradientEstimator, optimizer: torch.optim.Optimizer, plan: EpochPlan) -> None:
+        """Steps on the copy, in an epoch of this plan, and their FLOPs per example."""
+        batch_size = _batch_size(self.recipe, plan.batch_scale)
         x, y = next(iter(self.data.batches(batch_size, seed=0, epoch=0, augment=self.recipe.augment)))
         short = len(self.data.train) - (self.data.steps(batch_size) - 1) * batch_size
-        for size in [*[len(y)] * (_WARMUP_STEPS + estimator.latency), min(short, len(y))]:
-            optimizer.zero_grad(set_to_none=True)
-            estimator.backward(x[:size], y[:size])
-            optimizer.step()
-        for _ in range(estimator.latency):  # no short batch is left in flight
-            estimator.backward(x, y)
-        flops = step_flops(estimator, x, y)
-        return None if flops is None else flops / len(y)
+        with self.recipe.precision_context(self.device):
+            for size in [*[len(y)] * (_WARMUP_STEPS + estimator.latency), min(short, len(y))]:
+                optimizer.zero_grad(set_to_none=True)
+                estimator.backward(x[:size], y[:size])
+                optimizer.step()
+            for _ in range(estimator.latency):  # no short batch is left in flight
+                estimator.backward(x, y)
+            flops = step_flops(estimator, x, y)
+        self.flops[self.kind(plan)] = None if flops is None else flops / len(y)
+
+    def kind(self, plan: EpochPlan) -> str:
+        """Names the work of a step in an epoch of this plan."""
+        return f"{_batch_size(self.recipe, plan.batch_scale)} {plan.kind}".strip()
 
     def _evaluate_into(self, record: EpochRecord) -> None:
         last = self.done
@@ -457,10 +486,6 @@ def check_bind(config: RunConfig, data: Dataset | None = None) -> Method | None:
 
 def _batch_size(recipe: Recipe, scale: float) -> int:
     return max(2, math.floor(recipe.batch_size * scale))
-
-
-def _kind(batch_size: int, plan: EpochPlan) -> str:
-    return f"{batch_size} {plan.kind}".strip()
 
 
 def _mixed(*seed: int) -> int:

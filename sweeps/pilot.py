@@ -144,7 +144,7 @@ def _pilot(
 
 def _timed(run: Run | StagedRun, recipe: Recipe, steps: int, limit_seconds: float) -> Pilot:
     begun = _on_every_rank(run, _begin)
-    first, order = begun[0], tuple(begun[0].kinds[: recipe.epochs])
+    first, order = begun[0], tuple(begun[0].order[: recipe.epochs])
     passes: dict[str, list[_Pass]] = {kind: [] for kind in order}
     began = time.perf_counter()
     for i in range(1 + _ROUNDS):  # the first pass fills pipelines and caches
@@ -197,7 +197,7 @@ class _Begun:
     """A run that is set up and warm."""
 
     setup_seconds: float
-    kinds: list[str]
+    order: list[str]
     flops: dict[str, float | None]
     period: int
     train: int
@@ -212,7 +212,8 @@ def _begin(run: Run) -> _Begun:
     setup = (run.clock.seconds.setup_seconds or 0.0) + (run.clock.seconds.warmup_seconds or 0.0)
     data = run.data
     sizes = len(data.train), len(data.val), len(data.test)
-    return _Begun(setup, run.kinds, run.flops, run.estimator.period, *sizes, run.device.type, torch.get_num_threads())
+    order = [run.kind(plan) for plan in run.plans]
+    return _Begun(setup, order, run.flops, run.estimator.period, *sizes, run.device.type, torch.get_num_threads())
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,7 @@ def _timed_epoch(run: Run, epoch: int, examples: int, eval_examples: int) -> _Pa
     """One epoch over so many of the run's examples, as if it were number `epoch`; a NaN loss costs the same time."""
     full, before, steps = run.data, dataclasses.replace(run.clock.seconds), run.steps
     run.data = replace(full, train=full.train.first(examples), val=full.val.first(eval_examples))
-    run.epoch, run.status = epoch, "running"
+    run.rewind(epoch)
     record = run.train_epoch()
     # Steps that empty a pipeline would weigh too much in so short an epoch.
     share = run.data.steps(record.batch_size) / (record.steps - steps)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from broken_methods import Nan
-from fastbp import DDG, Backprop, EpochPlan, LayerDropBack, Method, WrappingEstimator
+from fastbp import DDG, Backprop, EpochPlan, HighwayBP, LayerDropBack, Method, WrappingEstimator
 from fastbp.run import Recipe, Run, RunConfig, Task
 from sweeps.pilot import EpochCost, Pilot, pilot
 
@@ -67,6 +67,15 @@ def test_flops_are_those_of_the_whole_run_and_seconds_of_its_size(method):
             break
     assert found.flops_per_example == pytest.approx(record.flops_executed / record.examples)
     assert 0.5 < ratio < 2, f"pilot says {ratio:.2f} times what the run took"
+
+
+def test_a_plan_reckons_with_all_rounds_of_a_tolerance():
+    recipe = replace(RECIPE, epochs=3)
+    found = pilot(RunConfig(TASK, recipe, HighwayBP(iterations=2, tolerance=10.0)))
+    run = Run(RunConfig(TASK, replace(recipe, epochs=1), HighwayBP(iterations=2)))
+    record = run.train_epoch()
+    assert len(found.kinds) == 1, found.kinds
+    assert found.flops_per_example == pytest.approx(record.flops_executed / record.examples)
 
 
 def test_a_run_is_set_up_once_evaluated_as_its_recipe_says_and_tested_at_the_end():

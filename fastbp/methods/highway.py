@@ -59,8 +59,8 @@ class HighwayBP(Method):
         growing_epochs: over so many epochs k rises in equal steps up to `iterations`; 0: constant from the start.
         gamma_epochs: over so many epochs gamma rises in equal steps from 0; 0: constant from the start.
         exact_from: from this epoch on (the first is 0), steps are plain backprop; 0: never.
-        tolerance: k is the first round of which the increment is smaller than this times the sum so far, `iterations`
-            at most; looked at in every 100th step, where all rounds run, and decided between epochs. 0: off.
+        tolerance: the next epoch's k is the first round of which the increment was smaller than this times the sum so
+            far, when last looked at, in every 100th step of this epoch; `iterations` where none was. 0: off.
         combination: of the increments of the rounds: their `sum` (the paper), or the combination with the smallest
             residual of the adjoint equation (`min_residual`).
         batched: whether blocks of equal structure (linear layers, layer norms, activations, attention) run as one call
