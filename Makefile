@@ -41,7 +41,8 @@ types: $(STAMP)
 	"$(BIN)/basedpyright" --pythonpath "$(BIN)/python" --level error
 
 bench: $(STAMP)
-	for script in benchmarks/*.py; do "$(BIN)/python" "$$script" || exit 1; done
+	@failed=; for script in benchmarks/*.py; do "$(BIN)/python" "$$script" || failed="$$failed $$script"; done; \
+	test -z "$$failed" || { echo "claims that do not hold, or errors:$$failed"; exit 1; }
 
 clean:
 	rm -rf "$(VENV)" build *.egg-info

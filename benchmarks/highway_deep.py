@@ -261,8 +261,8 @@ def main() -> None:
         return
     (first,) = [row for row in nets[0]["rows"] if (row["form"], row["iterations"]) == ("batched", 0)]
     worst = max(row["model"] / row["speed_up"] for found in nets for row in found["rows"])
-    judge("highway_deep", {name: worst for name in SLOWER}, SLOWER, arguments.out)
-    judge("highway_deep", {name: first["speed_up"] for name in FASTER}, FASTER, arguments.out, least=True)
+    figures = {name: worst for name in SLOWER} | {name: first["speed_up"] for name in FASTER}
+    judge("highway_deep", figures, SLOWER | FASTER, arguments.out, least=FASTER)
 
 
 if __name__ == "__main__":

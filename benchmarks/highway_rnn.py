@@ -277,7 +277,8 @@ def main() -> None:
     for kind in LIMITS.keys() - {device.type}:
         for name, limit in LIMITS[kind].items():
             print(f"claim ({name} at least {limit:g}): of {kind}, not measured")
-    judge("highway_rnn", figures(rows, device.type), LIMITS[device.type], arguments.out, least=True)
+    limits = LIMITS[device.type]
+    judge("highway_rnn", figures(rows, device.type), limits, arguments.out, least=limits)
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ def main() -> None:
         print("too few trials to judge the claim by")
     else:
         figures = {row["store"]: row["ratio"] for row in rows}
-        judge("mlflow_overhead", figures, dict.fromkeys(figures, TARGET), arguments.out, least=True, places=1)
+        judge("mlflow_overhead", figures, dict.fromkeys(figures, TARGET), arguments.out, least=figures, places=1)
 
 
 if __name__ == "__main__":

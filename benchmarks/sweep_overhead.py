@@ -56,7 +56,7 @@ class NoOpRun(Run):
     """A run that trains nothing; its records are complete."""
 
     def _setup(self, data: Dataset | None) -> None:
-        self.parameters = 0
+        self.parameters, self.devices = 0, [self.device]
 
     def train_epoch(self) -> EpochRecord:
         with self.clock.segment("train"):

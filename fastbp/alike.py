@@ -36,7 +36,7 @@ class Alike:
 
 
 def alike_blocks(blocks: Sequence[Residual]) -> list[Alike]:
-    """Sets of blocks that can be run as one: equal structure and sizes, a plain sum as merge."""
+    """Sets of blocks that can be run as one: equal structure and sizes, on one device, a plain sum as merge."""
     sets: dict[Hashable, list[int]] = {}
     for i, block in enumerate(blocks):
         structure = _structure(block.branch) if type(block.merge) is Add else None
@@ -57,7 +57,7 @@ def _structure(module: nn.Module) -> Hashable | None:
     inside = [_structure(child) for child in module.children()]
     if None in inside:
         return None
-    sizes = tuple((name, p.shape, p.dtype) for name, p in module.named_parameters(recurse=False))
+    sizes = tuple((name, p.shape, p.dtype, p.device) for name, p in module.named_parameters(recurse=False))
     facts = tuple(getattr(module, name) for name in rule.facts)
     return (_path(type(module)), module.extra_repr(), facts, sizes, tuple(inside))
 
@@ -188,8 +188,10 @@ _RULES: dict[str, _Rule] = {
     _path(nn.Linear): _Rule(_linear),
     _path(nn.LayerNorm): _Rule(_layer_norm),
     _path(SelfAttention): _Rule(_own_attention, facts=("heads", "causal")),
-    "timm.layers.norm.LayerNorm": _Rule(_layer_norm, lambda m: not m._fast_norm),
+    "timm.layers.norm.LayerNorm": _Rule(_layer_norm, lambda m: not getattr(m, "_fast_norm", False)),
     "timm.layers.layer_scale.LayerScale": _Rule(_layer_scale, _out_of_place),
     "timm.layers.mlp.Mlp": _Rule(_mlp),
-    "timm.layers.attention.Attention": _Rule(_timm_attention, lambda m: m.gate is None, ("num_heads", "head_dim")),
+    "timm.layers.attention.Attention": _Rule(
+        _timm_attention, lambda m: getattr(m, "gate", None) is None, ("num_heads", "head_dim")
+    ),
 }

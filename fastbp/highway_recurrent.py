@@ -72,7 +72,7 @@ class HighwayOverTime(ScheduledEstimator):
                 f"HighwayBP: a sequence of {len(h)} steps for a Recurrent with steps={steps}, on which the exact "
                 f"number of iterations rests; make it with steps={len(h)}"
             )
-        if rounds.iterations >= len(h) - 1:
+        if rounds.iterations >= len(h) - 1 and not self.method.tolerance:  # which decides by what the rounds change
             return layer(h)[0]
         return highway_layer(layer, h, rounds)
 

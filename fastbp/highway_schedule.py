@@ -96,12 +96,16 @@ class ScheduledEstimator(GradientEstimator):
     def estimate(self, x: Tensor, y: Tensor, iterations: int, measure: bool) -> tuple[Tensor, Tensor | None]:
         """Add the estimate of so many rounds to the gradients; the loss, and the ratios of `Schedule.saw` if asked."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs with the graph of plain backprop."""
+        return self.model(x)
+
     def start_epoch(self, epoch: int) -> EpochPlan:
         return self.schedule.start_epoch(epoch)
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
         if self.schedule.exact:
-            loss = self.loss_fn(self.model(x), y)
+            loss = self.loss_fn(self.forward(x), y)
             loss.backward()
             return loss.detach()
         iterations, measure = self.schedule.rounds()

@@ -22,6 +22,43 @@ class SubsamplePad(nn.Module):
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
 
 
+class ColumnsToChannels(nn.Module):
+    """Parameter-free downsampling: s x s patches, averaged over their rows, their columns become channels.
+
+    `(B, C, H, W)` to `(B, s C, H/s, W/s)`, s = `factor`, column j of a patch in the channels j C to (j+1) C; twice by 2
+    is once by 4. With `ChannelsToColumns` after it, the residual stream of a net keeps its resolution while blocks
+    work at a lower one (Highway-BP, arXiv:2501.17086).
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.factor
+        patches = x.unflatten(3, (-1, s)).unflatten(2, (-1, s))  # (B, C, H/s, s, W/s, s)
+        return patches.mean(3).permute(0, 4, 1, 2, 3).flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"
+
+
+class ChannelsToColumns(nn.Module):
+    """The right inverse of `ColumnsToChannels`, and `factor` times its adjoint: columns go back, rows are repeated."""
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.factor
+        columns = x.unflatten(1, (s, -1)).permute(0, 2, 3, 4, 1).flatten(3)  # (B, C, H/s, W)
+        return columns.repeat_interleave(s, 2)
+
+    def extra_repr(self) -> str:
+        return f"factor={self.factor}"
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention over `(B, tokens, dim)`; `causal`: a token sees itself and those before."""
 

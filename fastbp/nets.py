@@ -11,6 +11,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,15 @@ from torch import nn
 
 from fastbp.chain import Add, AddNorm, Chain, Residual, ShortcutAdd
 from fastbp.knobs import nearest
-from fastbp.layers import MeanTokens, PatchEmbedding, SelfAttention, SubsamplePad, TokenEmbedding
+from fastbp.layers import (
+    ChannelsToColumns,
+    ColumnsToChannels,
+    MeanTokens,
+    PatchEmbedding,
+    SelfAttention,
+    SubsamplePad,
+    TokenEmbedding,
+)
 from fastbp.recurrent import PixelSteps, Recurrent
 
 
@@ -39,26 +48,38 @@ def resnet_tiny(input_shape: tuple[int, ...], classes: int, *, blocks: int = 4, 
     return _he_normal(Chain(_conv3x3(channels, width), nn.ModuleList(body), _conv_head(width, classes)))
 
 
-def cifar_resnet(input_shape: tuple[int, ...], classes: int, *, depth: int, width: int = 16) -> Chain:
+def cifar_resnet(
+    input_shape: tuple[int, ...], classes: int, *, depth: int, width: int = 16, stream: str = "stages"
+) -> Chain:
     """The CIFAR ResNet, pre-activation: three stages of (depth - 2)/6 blocks, width times 1, 2 and 4.
 
     Shortcuts between stages are parameter-free (type A). Unlike the paper, the first block too has its
-    BN-ReLU inside the branch, so that all blocks are alike and every merge is a plain sum.
+    BN-ReLU inside the branch, so that all blocks are alike and, within a stage, every merge is a plain sum.
+
+    Args:
+        input_shape: `(channels, height, width)`; with stream `full`, multiples of 4.
+        classes: number of logits.
+        depth: 6 n + 2 layers.
+        width: channels of the first stage.
+        stream: `stages`, each at its own resolution; or `full`: every block is a plain sum on a stream that keeps the
+            first stage's shape, which a branch reads and writes through `ColumnsToChannels` and back (Highway-BP,
+            arXiv:2501.17086); the first blocks of stages two and three have a few more weights then.
 
     Reference: He, Zhang, Ren, Sun, Identity Mappings in Deep Residual Networks (2016), arXiv:1603.05027; the
     CIFAR architecture and shortcut A from Deep Residual Learning (2015), arXiv:1512.03385, section 4.2.
     """
-    channels, _, _ = _image(input_shape, f"resnet{depth}")
+    channels, height, row = _image(input_shape, f"resnet{depth}")
     _positive(classes=classes, width=width)
-    widths = [width, 2 * width, 4 * width]
-    body, before = [], width
-    for out in widths:
-        for _ in range((depth - 2) // 6):
-            same = out == before
-            merge = Add() if same else ShortcutAdd(SubsamplePad(before, out), relu=False)
-            body.append(Residual(_conv_branch(before, out, 1 if same else 2), merge))
-            before = out
-    return _he_normal(Chain(_conv3x3(channels, width), nn.ModuleList(body), _conv_head(before, classes)))
+    _check(stream in ("stages", "full"), f"resnet{depth}: stream = {stream!r}: must be stages or full")
+    stages = [width * 2**stage for stage in range(3) for _ in range((depth - 2) // 6)]
+    if stream == "stages":
+        body = [_block(before, out) for before, out in pairwise([width, *stages])]
+        return _he_normal(Chain(_conv3x3(channels, width), nn.ModuleList(body), _conv_head(4 * width, classes)))
+    fits = height % 4 == 0 and row % 4 == 0
+    _check(fits, f"resnet{depth}: stream = 'full' needs height and width in multiples of 4, got {height} x {row}")
+    body = [Residual(_at_resolution(_conv_branch(out, out, 1), out // width)) for out in stages]
+    head = nn.Sequential(ColumnsToChannels(4), *_conv_head(4 * width, classes))
+    return _he_normal(Chain(_conv3x3(channels, width), nn.ModuleList(body), head))
 
 
 def mlp(input_shape: tuple[int, ...], classes: int, *, depth: int = 4, width: int = 64) -> Chain:
@@ -293,6 +314,17 @@ def _conv_branch(channels_in: int, channels_out: int, stride: int) -> nn.Sequent
     first = [nn.BatchNorm2d(channels_in), nn.ReLU(), _conv3x3(channels_in, channels_out, stride)]
     second = [nn.BatchNorm2d(channels_out), nn.ReLU(), _conv3x3(channels_out, channels_out)]
     return nn.Sequential(*first, *second)
+
+
+def _block(before: int, out: int) -> Residual:
+    if before == out:
+        return Residual(_conv_branch(out, out, 1), Add())
+    return Residual(_conv_branch(before, out, 2), ShortcutAdd(SubsamplePad(before, out), relu=False))
+
+
+def _at_resolution(branch: nn.Sequential, factor: int) -> nn.Sequential:
+    """The branch at a resolution lower by this factor than that of the stream it is on."""
+    return branch if factor == 1 else nn.Sequential(ColumnsToChannels(factor), *branch, ChannelsToColumns(factor))
 
 
 def _conv_head(channels: int, classes: int) -> nn.Sequential:

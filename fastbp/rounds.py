@@ -2,6 +2,9 @@
 
 Written with w_i for the signal at the state h_i (h_0 enters the first block, h_L leaves the last), and a reverse scan
 along the cheap path, scan(a)_i = a_i + scan(a)_{i+1} K_{i+1}. The loss reads h_L alone.
+
+Blocks may be on several devices: w_i is on that of the block that made h_i. The scan is walked, and one tensor, summed
+up, crosses a cut per round: the sums are those of one device, in the same order.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ def sum_of_increments(
         before, w = w, list(w)
         crossed = tapes.cross(before, count)  # all of them from the old w: parallel
         for i in reversed(range(count)):
-            w[i] = crossed[i] + tapes.keep(i, w[i + 1])
+            w[i] = tapes.hand_down(i, crossed[i] + tapes.keep(i, w[i + 1]))
         if measure:
             ratios.append(_norm([a - b for a, b in zip(w, before, strict=True) if a is not b]) / _norm(w))
     return w, torch.stack(ratios) if ratios else None
@@ -57,14 +60,17 @@ def min_residual(
     increments = [_highway(tapes, g)]
     for count in range(len(tapes), max(0, len(tapes) - iterations), -1):
         crossed = tapes.cross(increments[-1], count)  # d^m has the states 0 .. L - m; the others are zero
+        crossed[-1] = tapes.hand_down(count - 1, crossed[-1])
         for i in reversed(range(count - 1)):
-            crossed[i] = crossed[i] + tapes.keep(i, crossed[i + 1])
+            crossed[i] = tapes.hand_down(i, crossed[i] + tapes.keep(i, crossed[i + 1]))
         increments.append(crossed)
     w = list(increments[0])
     if len(increments) > 1:
-        for c, increment in zip(coefficients(increments), increments[1:], strict=True):
+        c = coefficients(increments)
+        at = {device: c.to(device) for device in {d.device for d in w}}
+        for m, increment in enumerate(increments[1:]):
             for i, d in enumerate(increment):
-                w[i] = w[i] + c.to(d.dtype) * d
+                w[i] = w[i] + at[d.device][m].to(d.dtype) * d
     return w, _ratios(increments) if measure and len(increments) > 1 else None
 
 
@@ -72,18 +78,18 @@ def _highway(tapes: Tapes, g: Tensor) -> list[Tensor]:
     """w^0: the cheap path alone."""
     w = [g] * (len(tapes) + 1)
     for i in reversed(range(len(tapes))):
-        w[i] = tapes.keep(i, w[i + 1])
+        w[i] = tapes.hand_down(i, tapes.keep(i, w[i + 1]))
     return w
 
 
 def coefficients(increments: Sequence[Sequence[Tensor]]) -> Tensor:
     """c_0 .. c_{k-1}, (k,), float64: those that make d^0 - sum_m c_m (d^m - d^{m+1}) smallest on the states 1 .. L."""
-    k = len(increments) - 1
-    gram = torch.zeros(k + 1, k + 1, dtype=torch.float64, device=increments[0][0].device)
+    k, home = len(increments) - 1, increments[0][0].device
+    gram = torch.zeros(k + 1, k + 1, dtype=torch.float64, device=home)
     for i in range(1, len(increments[0])):
         here = torch.stack([d[i].flatten() for d in increments if i < len(d)]).double()
         rows = torch.cat([here[:-1] - here[1:], here[-1:]])  # what is left after them, d^k, is the last of k + 1
-        gram[: len(rows), : len(rows)] += rows @ rows.T
+        gram[: len(rows), : len(rows)] += (rows @ rows.T).to(home)
     scale = gram.diagonal()[:k].clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     normal = scale[:, None] * gram[:k, :k] * scale + _RIDGE * torch.eye(k, dtype=gram.dtype, device=gram.device)
     factor, _ = torch.linalg.cholesky_ex(normal)
@@ -101,4 +107,4 @@ def _ratios(increments: Sequence[list[Tensor]]) -> Tensor:
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     """Of all entries together, in float32 at least."""
     norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))

@@ -29,7 +29,7 @@ from fastbp.energy import energy_reader
 from fastbp.environment import device_fingerprint, git_state, software_fingerprint
 from fastbp.flops import step_flops
 from fastbp.knobs import coerce_fields, nearest
-from fastbp.method import EpochPlan, GradientEstimator, Method, method_from_dict, reseed, start_again
+from fastbp.method import EpochPlan, GradientEstimator, Method, method_from_dict, parts, reseed, start_again
 from fastbp.methods import Backprop
 from fastbp.methods.ddg import in_place
 from fastbp.nets import make_model
@@ -165,6 +165,7 @@ class Run:
         self.pristine = copy.deepcopy(model)  # warm-up and counting happen on it
         with seeded(self.device, _mixed(seed)):
             self.estimator = reseed(self.method, seed).bind(model, self.loss_fn)
+        self._check_first_device()
         with recipe.precision_context(self.device):
             self.estimator.prepare(*self.data.dummy_batch(recipe.batch_size))
         self.devices = list(self.estimator.devices) or [self.device]
@@ -172,6 +173,16 @@ class Run:
             self.clock.wait_for(self.devices)
         self.energy = energy_reader(*self.devices)
         self.optimizer = recipe.make_optimizer(self.estimator.param_groups())
+
+    def _check_first_device(self) -> None:
+        """The whole model is evaluated on the first of a method's devices."""
+        devices, here = self.estimator.devices, self.data.device
+        if devices and devices[0] != here:
+            named = next((part for part in parts(self.method) if getattr(part, "devices", None)), self.method)
+            raise ValueError(
+                f"{type(named).__name__}.devices: the first is {devices[0]}, where the model is evaluated, but the "
+                f"data of this run are on {here}; name that one first, or give the run the device {devices[0]}"
+            )
 
     def _make_model(self) -> nn.Module:
         task, data = self.config.task, self.data
@@ -235,7 +246,7 @@ class Run:
         order = self.data.batches(batch_size, seed=self.config.seed, epoch=self.epoch, augment=recipe.augment)
         joules = self.energy()
         with (
-            seeded(self.device, _mixed(self.config.seed, self.epoch)),
+            seeded(self.devices, _mixed(self.config.seed, self.epoch)),
             self.recipe.precision_context(self.device),
             self.clock.segment("train"),
         ):
@@ -260,14 +271,15 @@ class Run:
         Batches come through the same gather and augmentation as in training, in both sizes of an epoch. The run's own
         weights, buffers and random numbers are not touched. `plans` are those of an estimator that has not trained.
         """
-        with self.clock.segment("warmup"), seeded(self.device, _mixed(self.config.seed)):
+        with self.clock.segment("warmup"), seeded(self.devices, _mixed(self.config.seed)):
             estimator, optimizer = self._bind_copy(self.pristine)
             fresh = copy.deepcopy(estimator.state_dict())
             self.plans = [estimator.start_epoch(epoch) for epoch in range(self.recipe.epochs)]
-            for epoch, plan in enumerate(self.plans):
-                if self.kind(plan) not in self.flops:
-                    start_again(estimator, epoch, plan, fresh)
-                    self._warm_up_kind(estimator, optimizer, plan)
+            kinds = [self.kind(plan) for plan in self.plans]
+            for kind in dict.fromkeys(kinds):  # those counted before a resume too: the process is new
+                epoch = kinds.index(kind)
+                start_again(estimator, epoch, self.plans[epoch], fresh)
+                self._warm_up_kind(estimator, optimizer, self.plans[epoch])
             estimator.finalize()
         self.warm = True
         del self.pristine, estimator, optimizer
@@ -275,13 +287,16 @@ class Run:
 
     def _warm_up_unforeseen(self, plan: EpochPlan) -> None:
         """The same for this epoch's plan, which what was trained so far has brought about."""
-        with self.clock.segment("warmup"), seeded(self.device, _mixed(self.config.seed)):
+        self.optimizer.zero_grad(set_to_none=True)  # the copy needs the room, and the next step begins with this
+        with self.clock.segment("warmup"), seeded(self.devices, _mixed(self.config.seed)):
             estimator, optimizer = self._bind_copy(self._make_model())
             start_again(estimator, self.epoch, plan, self.estimator.state_dict())
             self._warm_up_kind(estimator, optimizer, plan)
             estimator.finalize()
         del estimator, optimizer
         gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
     def rewind(self, epoch: int) -> None:
         """Be about to train this epoch as if none had been trained, to time it; the weights stay as they are."""
@@ -366,6 +381,7 @@ class Run:
             exclusive=self.exclusive,
             resumed=self.resumed,
             device=device_fingerprint(self.device),
+            workers=max(1, len({place for place in self.devices if place.type != "cpu"})),
             software=software_fingerprint(),
             git_commit=commit,
             git_dirty=dirty,
@@ -418,8 +434,10 @@ class Run:
         self.last = EpochRecord(**(state["last"] | {"attempt": self.attempt}))
         self.clock.load(state["seconds"])
         self.estimator.model.load_state_dict(state["model"])
+        with self.recipe.precision_context(self.device):  # batches in flight go forward once more
+            self.estimator.load_state_dict(state["estimator"])
+        self.optimizer = self.recipe.make_optimizer(self.estimator.param_groups())  # the saved cuts may be others
         self.optimizer.load_state_dict(state["optimizer"])
-        self.estimator.load_state_dict(state["estimator"])
         self.resumed = self.epoch > 0
 
     def _peak_memory(self) -> int | None:

@@ -43,9 +43,10 @@ def reverse_scan(x: Tensor, k: Tensor, q: Tensor | None = None, chunk: int | Non
     }
     q = k if q is None else q.contiguous()
     ends, products = (y.new_empty(count, channels) for _ in range(2))
-    if count > 1:
-        _ends[(blocks, count)](x, k, q, ends, products, steps, channels, size, **settings)
-    _scan[(blocks, count)](x, k, q, ends, products, y, steps, channels, size, **settings)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        if count > 1:
+            _ends[(blocks, count)](x, k, q, ends, products, steps, channels, size, **settings)
+        _scan[(blocks, count)](x, k, q, ends, products, y, steps, channels, size, **settings)
     return y
 
 

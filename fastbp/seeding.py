@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
 
 @contextmanager
-def seeded(device: torch.device, seed: int) -> Iterator[None]:
+def seeded(device: torch.device | Sequence[torch.device], seed: int) -> Iterator[None]:
     """Seed torch's CPU generator, and the device's where it has one, for the duration of a block.
+
+    Several devices get seeds of their own, the first one the seed itself: equal layers have unequal dropout.
 
     The generators are seeded directly: `torch.manual_seed` also queues a call, with a stack trace, for every CUDA
     device that is not initialised yet, which costs a millisecond and is never freed on a machine without one.
     """
-    cuda = [device] if device.type == "cuda" else []
+    places = [device] if isinstance(device, torch.device) else dict.fromkeys(device)
+    cuda = [place for place in places if place.type == "cuda"]
     with torch.random.fork_rng(cuda):
         torch.default_generator.manual_seed(seed)
-        for place in cuda:
+        for n, place in enumerate(cuda):
             index = torch.cuda.current_device() if place.index is None else place.index
-            torch.cuda.default_generators[index].manual_seed(seed)
+            torch.cuda.default_generators[index].manual_seed(seed + 1_000_003 * n)
         yield

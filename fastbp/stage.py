@@ -6,7 +6,7 @@ same batches, as they depend on seed and epoch alone; the first uses the inputs,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ class Link:
     """Both directions between two neighbouring ranks.
 
     With nccl, whose sends wait for the receiver, a send is held and issued together with the next receive on the link,
-    so that two neighbours cannot wait for each other; with gloo it leaves at once. Shapes travel once per key.
+    so that two neighbours cannot wait for each other; with gloo it leaves at once. Type and shape travel once per key.
 
     Args:
         peer: the neighbour's rank.
@@ -37,24 +37,33 @@ class Link:
 
     def __init__(self, peer: int, device: torch.device) -> None:
         self.peer, self.device = peer, device
-        self.fused = dist.get_backend() == "nccl"
+        self.fused = device.type == "cuda"  # over nccl, whatever the group calls itself
         self.held: list[Tensor] = []
         self.working: list[tuple[Any, Tensor]] = []  # sends that may still read their tensor
-        self.told: set[Any] = set()
-        self.layouts: dict[Any, tuple[torch.dtype, bool, tuple[int, ...]]] = {}
+        self.told: dict[tuple[str, int], tuple[torch.dtype, bool, tuple[int, ...]]] = {}  # what the peer knows of us
+        self.layouts: dict[tuple[str, int], tuple[torch.dtype, bool, tuple[int, ...]]] = {}  # and we of it
 
-    def push(self, key: Any, tensor: Tensor) -> None:
-        """Send a tensor; its shape must be a function of the key."""
-        last = _channels_last(tensor)
+    def push(self, key: tuple[str, int], tensor: Tensor) -> None:
+        """Send a tensor of this kind, of a batch of so many examples.
+
+        Raises:
+            ValueError: its type or shape is not that of the first one of this key, or cannot be told.
+        """
         if key not in self.told:
-            self.told.add(key)
-            head = [_DTYPES.index(tensor.dtype), int(last), tensor.dim(), *tensor.shape]
-            self._send(torch.tensor(head + [0] * (_HEADER - len(head)), device=self.device))
+            self._send(torch.tensor(_header(key, tensor), device=self.device))
+            self.told[key] = (tensor.dtype, _channels_last(tensor), tuple(tensor.shape))
+        dtype, last, shape = self.told[key]
+        if (tensor.dtype, tensor.shape) != (dtype, shape):
+            raise ValueError(
+                f"DDG.processes = True: the {key[0]} of {key[1]} examples changed from {_described(dtype, shape)} to "
+                f"{_described(tensor.dtype, tensor.shape)}, which its receiver cannot know; pad to one size, or set "
+                "processes to False"
+            )
         self._send(tensor.detach().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format))
         if not self.fused:
             self.flush()
 
-    def pull(self, key: Any) -> Tensor:
+    def pull(self, key: tuple[str, int]) -> Tensor:
         """Receive the neighbour's next tensor, of this key."""
         if key not in self.layouts:
             head = self._receive(torch.zeros(_HEADER, dtype=torch.int64, device=self.device)).tolist()
@@ -244,6 +253,22 @@ class StageDDG(DelayedEstimator):
         seed = torch.tensor([self.seed % 2**31], dtype=torch.int64, device=self.place)
         dist.broadcast(seed, src=0)
         self.seed = int(seed)
+
+
+def _header(key: tuple[str, int], tensor: Tensor) -> list[int]:
+    if tensor.dtype not in _DTYPES or tensor.dim() > _HEADER - 3:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ValueError(
+            f"DDG.processes = True: the {key[0]} is {_described(tensor.dtype, tensor.shape)}, but between processes "
+            f"only {known} in up to {_HEADER - 3} dimensions can be sent; cut elsewhere, or set processes to False"
+        )
+    head = [_DTYPES.index(tensor.dtype), int(_channels_last(tensor)), tensor.dim(), *tensor.shape]
+    return head + [0] * (_HEADER - len(head))
+
+
+def _described(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    """For a sentence: `float32 (4, 3)`."""
+    return f"{str(dtype).removeprefix('torch.')} {tuple(shape)}"
 
 
 def _channels_last(tensor: Tensor) -> bool:

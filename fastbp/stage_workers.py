@@ -7,9 +7,12 @@ import io
 import multiprocessing
 import os
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +20,18 @@ import torch
 import torch.distributed as dist
 
 from fastbp.record import EpochRecord, RunRecord
-from fastbp.run import Run, RunConfig
+from fastbp.run import Run, RunConfig, load_task_data
 
 TIMEOUT_SECONDS = 300.0  # how long a rank waits for a neighbour's tensor before it gives up
-ANSWER_SECONDS = 86_400.0  # how long a call of a stage, such as an epoch, may take: one that hangs ends the run
+ANSWER_SECONDS = 86_400.0  # how long a stage may take to start or to train an epoch: one that hangs ends the run
+STATE_SECONDS = 1_800.0  # and to save its state, or to load one
+
+
+def seconds_for(name: str) -> float:
+    """How long a call of this `StageWorker` method may take."""
+    if name == "close":
+        return TIMEOUT_SECONDS
+    return STATE_SECONDS if "state_dict" in name else ANSWER_SECONDS
 
 
 class StageError(RuntimeError):
@@ -35,25 +46,33 @@ class StageWorker:
         init_method: a `file://` or `tcp://` address that all ranks share.
         config: as `RunConfig.to_dict`.
         options: of `Run`.
-        timeout: seconds to wait for a neighbour.
+        timeout: seconds to wait for a neighbour, once all have their data.
+
+    Raises:
+        ValueError: a GPU is wanted, and torch sees none here.
     """
 
     def __init__(
         self, rank: int, ranks: int, init_method: str, config: dict[str, Any], options: dict[str, Any], timeout: float
     ) -> None:
-        device = torch.device(options.get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type == "cuda":
-            device = torch.device("cuda", rank % torch.cuda.device_count() if device.index is None else device.index)
-            torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=init_method,
-            rank=rank,
-            world_size=ranks,
-            timeout=timedelta(seconds=timeout),
-        )
-        options["device"] = device
-        self.run = Run(RunConfig.from_dict(config), **options)
+        from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
+        device = options["device"] = _device(rank, options.get("device"))
+        if options.get("threads"):
+            torch.set_num_threads(options["threads"])
+        store, _, _ = next(rendezvous(init_method, rank, ranks, timeout=timedelta(seconds=ANSWER_SECONDS)))
+        parsed, began = RunConfig.from_dict(config), time.perf_counter()
+        if options.get("data") is None:
+            options["data"] = load_task_data(parsed.task, parsed.recipe, device)
+        loading = time.perf_counter() - began
+        store.set(f"ready {rank}", "")  # a neighbour may still download what this one has
+        store.wait([f"ready {other}" for other in range(ranks)], timedelta(seconds=ANSWER_SECONDS))
+        patience = timedelta(seconds=timeout)
+        store.set_timeout(patience)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=patience)
+        self.run = Run(parsed, **options)
+        self.run.clock.add("setup", loading)
 
     def start_record(self) -> RunRecord:
         return self.run.start_record()
@@ -90,6 +109,21 @@ class StageWorker:
         dist.destroy_process_group()
 
 
+def _device(rank: int, wanted: torch.device | str | None) -> torch.device:
+    """A stage's device: the one it is given, of several GPUs the one of its rank."""
+    device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"DDG.processes = True: its stages are to use {device}, but torch {torch.__version__} sees no GPU here; "
+            "set the device to cpu, or install a CUDA build of torch and a driver that fits it"
+        )
+    device = torch.device("cuda", rank % torch.cuda.device_count() if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    return device
+
+
 def saved_bytes(state: dict[str, Any]) -> bytes:
     """A state as `torch.save` writes it."""
     file = io.BytesIO()
@@ -119,6 +153,7 @@ class LocalWorkers:
         address = f"file://{Path(self._folder.name) / 'group'}"
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Any] = []
+        self._senders: list[threading.Thread] = []
         self._processes = []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
@@ -131,12 +166,17 @@ class LocalWorkers:
         self._gather(ANSWER_SECONDS)  # all are up, or one says why not
 
     def call(self, name: str, *args: Sequence[Any]) -> list[Any]:
-        for rank, pipe in enumerate(self._pipes):
-            try:
-                pipe.send((name, [arg[rank] for arg in args]))
-            except OSError:
-                self._fail(f"stage {rank} is gone (exit code {self._processes[rank].exitcode})")
-        return self._gather(TIMEOUT_SECONDS if name == "close" else ANSWER_SECONDS)
+        gone = next((rank for rank, pipe in enumerate(self._pipes) if pipe.closed), None)
+        if gone is not None:
+            self._fail(f"stage {gone} is gone (exit code {self._processes[gone].exitcode})")
+        for rank, pipe in enumerate(self._pipes):  # in threads: a stage that hangs reads nothing, and a state is long
+            request = ForkingPickler.dumps((name, [arg[rank] for arg in args]))
+            sender = threading.Thread(target=_send, args=(pipe, request), daemon=True, name=f"to-stage-{rank}")
+            sender.start()
+            self._senders.append(sender)
+        answers = self._gather(seconds_for(name))
+        self._senders = []  # who has answered has read it all
+        return answers
 
     def _gather(self, seconds: float) -> list[Any]:
         """One answer of every rank; the first failure ends them all."""
@@ -173,9 +213,16 @@ class LocalWorkers:
             if process.is_alive():
                 process.kill()
                 process.join()
+        for sender in self._senders:
+            sender.join(5.0)
         for pipe in self._pipes:
             pipe.close()
         self._folder.cleanup()
+
+
+def _send(pipe: Connection, request: Any) -> None:
+    with contextlib.suppress(OSError):  # a stage that is gone gives no answer
+        pipe.send_bytes(request)
 
 
 def _serve(pipe: Connection, *args: Any) -> None:

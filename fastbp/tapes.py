@@ -7,7 +7,7 @@ fixed; the rest belongs to J.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -25,14 +25,18 @@ class BlockPlan:
     Args:
         blocks: in order of the forward.
         batched: whether blocks that are alike are differentiated as one.
+        carry: takes a tensor to the device of a block, by its number; default: all blocks are on one.
 
     Attributes:
         parameters: of every block's branch and of its merge, frozen ones too.
         alike: sets of blocks to be differentiated as one.
     """
 
-    def __init__(self, blocks: Sequence[Residual], *, batched: bool = False) -> None:
+    def __init__(
+        self, blocks: Sequence[Residual], *, batched: bool = False, carry: Callable[[Tensor, int], Tensor] | None = None
+    ) -> None:
         self.blocks = list(blocks)
+        self.carry = carry or _stay
         self.parameters = [(list(b.branch.parameters()), list(b.merge.parameters())) for b in blocks]
         self.alike = alike_blocks(blocks) if batched else []
 
@@ -56,6 +60,7 @@ class Tapes:
         inputs: dict[int, Tensor] = {}
         h, quiet = h0.detach(), _no_graph(h0)
         for i, block in enumerate(plan.blocks):
+            h = plan.carry(h, i)
             if i in batched:
                 inputs[i] = h
                 with quiet:
@@ -89,6 +94,10 @@ class Tapes:
         if self.gamma:
             return [crossed[i] + self.gamma * self._along_merge(i, w[i + 1]) for i in range(count)]
         return [crossed[i] for i in range(count)]
+
+    def hand_down(self, i: int, w: Tensor) -> Tensor:
+        """w_i, which came about where block i is, at the block before it, whose output it is the signal of."""
+        return self.plan.carry(w, max(i - 1, 0))
 
     def accumulate(self, w: Sequence[Tensor]) -> None:
         """Add w_{i+1} d h_i / d theta to the gradients of every block's parameters; frees the tapes."""
@@ -173,6 +182,10 @@ class _BatchTape:
     def accumulate(self, w: Sequence[Tensor], parameters: Parameters) -> None:
         if parameters:
             torch.autograd.backward(self.z, torch.stack([w[i + 1] for i in self.members]), inputs=parameters)
+
+
+def _stay(tensor: Tensor, block: int) -> Tensor:
+    return tensor
 
 
 def _trainable(parameters: Parameters) -> Parameters:

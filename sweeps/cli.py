@@ -66,7 +66,7 @@ def run(
     smoke: Annotated[bool, typer.Option(help="one epoch, one trial, one seed; for CI")] = False,
     report: Annotated[bool, typer.Option(help="write the report at the end")] = True,
     mlflow: Annotated[bool, typer.Option(help="mirror the records into MLflow")] = True,
-    remeasure: Annotated[bool, typer.Option("--remeasure", help="measure again what shared its device")] = False,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="measure blocks again that shared the device")] = False,
 ) -> None:
     """Run a sweep, or what is missing of it; exits with 1 when any run failed or is missing.
 
@@ -105,7 +105,7 @@ def submit(
     env: Annotated[list[str] | None, typer.Option(help="NAME or NAME=VALUE for the job; repeatable")] = None,
     wait: Annotated[bool, typer.Option(help="follow the log, and exit with the sweep's own code")] = True,
     smoke: Annotated[bool, typer.Option(help="one epoch, one trial, one seed")] = False,
-    remeasure: Annotated[bool, typer.Option("--remeasure", help="measure again what shared its device")] = False,
+    remeasure: Annotated[bool, typer.Option("--remeasure", help="measure blocks again that shared the device")] = False,
 ) -> None:
     """Run a sweep as a job of a Ray cluster. Ctrl-C stops following, not the job; the same command follows it again.
 

@@ -40,7 +40,7 @@ def run_sweep(
         out: the output folder.
         progress: where ended runs are shown.
         mlflow: whether to mirror the records into MLflow.
-        remeasure: whether measured runs that shared their device run again.
+        remeasure: whether measured runs that shared their device run again, with all of their block.
 
     Raises:
         SweepError: the folder belongs to another sweep or another process.
@@ -55,7 +55,7 @@ def run_sweep(
             raise SweepError(f"{out} is in use: this sweep is already running")
         ledger, writer = open_ledger(plan, out)
         if remeasure:
-            ledger.again = {record.run_key for record in ledger.contaminated}
+            ledger.again = ledger.spoiled
         keep_copy(file, out / "sweep.yaml")
         driver = _Driver(plan, out, ledger, writer, progress, mlflow)
         return driver.run()

@@ -94,7 +94,9 @@ class Experiments:
         from trainables.method_trainable import MethodTrainable
 
         search = self.sweep.search
-        every = search.checkpoint_epochs if search is not None and phase == "search" else 0
+        searches = search is not None and phase == "search"
+        every = search.checkpoint_epochs if search is not None and searches else 0
+        searcher.stop = self.stop
         reasons = scheduler.reasons if scheduler is not None else {}
         tuner = tune.Tuner(
             tune.with_resources(MethodTrainable, lambda config: needs(RunConfig.from_dict(config["run"]))),
@@ -113,7 +115,7 @@ class Experiments:
                 checkpoint_config=tune.CheckpointConfig(
                     num_to_keep=2, checkpoint_frequency=every, checkpoint_at_end=False
                 ),
-                callbacks=[Recorder(self.writer, self.ledger, on_end, self.progress, reasons, self.stop)],
+                callbacks=[Recorder(self.writer, self.ledger, on_end, self.progress, reasons, self.stop, searches)],
                 stop=stop,
                 verbose=0,
             ),

@@ -42,7 +42,8 @@ def submit(request: Submission, *, wait: bool, say: Say) -> int:
     with _refusals(request):
         job = _running(client, request.metadata)
         if job:
-            say(f"job {job} is running this sweep already; nothing was submitted")
+            later = "; submit --remeasure once it has ended" if "--remeasure" in request.command else ""
+            say(f"job {job} is running this sweep already; nothing was submitted{later}")
         else:
             say(f"uploading {request.folder} to {without_password(request.address)}")
             job = _submitted(client, request, say)

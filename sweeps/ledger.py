@@ -64,6 +64,12 @@ class Ledger:
         timed = (r for r in self.runs.values() if r.phase in ("measure", "ablate"))
         return [r for r in timed if r.status == "finished" and not r.exclusive]
 
+    @property
+    def spoiled(self) -> set[str]:
+        """Keys of all results in blocks with a contaminated one: what is compared is timed together."""
+        blocks = {(record.phase, record.block) for record in self.contaminated}
+        return {key for key, r in self.runs.items() if (r.phase, r.block) in blocks and r.status in DONE}
+
     def of_phase(self, phase: str, arm: str | None = None) -> list[RunRecord]:
         return [r for r in self.runs.values() if r.phase == phase and arm in (None, r.arm)]
 

@@ -20,9 +20,10 @@ from sweeps.stopping import Stop
 # experiment ends: 0.2 MB per trial for whole records.
 _KEPT = {"done", "training_iteration", "val_accuracy", "record/flops_executed", "end/status", "should_checkpoint"}
 
-
-# What Tune keeps of what a trial was told, three times, until the experiment ends: 20 kB, all of it in the records too.
+# What Tune keeps of a trial until the experiment ends, and writes again and again: what it was told, three times, and
+# statistics of every number it reported. All of it is in the records too.
 _TOLD = ("config", "evaluated_params", "_Trial__unresolved_config")
+_STATISTICS = ("metric_analysis", "metric_n_steps")
 
 
 class Recorder(Callback):
@@ -33,6 +34,7 @@ class Recorder(Callback):
         progress: is told what happens in between.
         reasons: run_key to why a run is being stopped, as the scheduler fills it.
         stop: is asked between two steps whether the sweep has to end.
+        saves: whether trials are saved after their epoch once it has to.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Recorder(Callback):
         progress: Progress,
         reasons: dict[str, str],
         stop: Stop,
+        saves: bool = False,
     ) -> None:
         self._writer, self._ledger, self._on_end, self._progress = writer, ledger, on_end, progress
-        self._reasons, self._stop = reasons, stop
+        self._reasons, self._stop, self._saves = reasons, stop, saves
+        self._saved: set[str] = set()  # since the signal
         self._starts: dict[str, RunRecord] = {}
         self._epochs: dict[str, EpochRecord] = {}
         self._best: dict[str, float] = {}  # validation accuracy
@@ -69,6 +73,8 @@ class Recorder(Callback):
         self._write(*records)
         for name in result.keys() - _KEPT:
             del result[name]
+        if self._saves and self._stop.signal:
+            result["should_checkpoint"] = True
         self._progress.epoch(epoch)
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -77,18 +83,23 @@ class Recorder(Callback):
         epoch = self._epochs.pop(trial.trial_id, None)
         if epoch is not None:
             self._on_end(self._ledger.runs[epoch.run_key])
-        for name in _TOLD:
-            setattr(trial, name, {})
+        _forget(trial)
+
+    def on_trial_save(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        if self._stop.signal:
+            self._saved.add(trial.trial_id)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._progress.started(_unstarted(trial.config))
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         self._progress.tick()
-        self._stop.check()
+        saving = self._saves and self._stop.signal and any(self._is_unsaved(trial) for trial in trials)
+        self._stop.check(saving=bool(saving))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         record = self._starts.pop(trial.trial_id, None) or _unstarted(trial.config)
+        self._best.pop(trial.trial_id, None)
         epoch = self._epochs.pop(trial.trial_id, None)
         if epoch is not None:
             record.epochs_done, record.examples, record.steps = epoch.epoch + 1, epoch.examples, epoch.steps
@@ -98,6 +109,10 @@ class Recorder(Callback):
         record.ended_at = max(utc_now(), record.started_at)  # clocks of two machines, or one that was set back
         self._write(record)
         self._on_end(record)
+        _forget(trial)
+
+    def _is_unsaved(self, trial: Any) -> bool:
+        return trial.status == "RUNNING" and trial.trial_id not in self._saved
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its set-up for a restore that is never used: a sweep resumes from its records."""
@@ -131,6 +146,13 @@ class Recorder(Callback):
         self._writer.write(*records)
         for record in records:
             self._ledger.add(record)
+
+
+def _forget(trial: Any) -> None:
+    for holder, names in ((trial, _TOLD), (trial.run_metadata, _STATISTICS)):
+        for name in names:
+            setattr(holder, name, {})
+    trial.invalidate_json_state()  # a text that has them
 
 
 _DEATH = r"^(ray\.exceptions\.\w+: )?(The actor (died|is dead)|Task was killed|\d+ worker\(s\) were killed)"

@@ -10,6 +10,7 @@ from ray.tune.search import Searcher
 
 from fastbp.run import RunConfig
 from sweeps.ledger import Ledger, config_of
+from sweeps.stopping import Stop
 from sweeps.studies import ArmStudy, measured_of
 
 Trial = dict[str, Any]  # a MethodTrainable config
@@ -27,7 +28,10 @@ class ListSearcher(Searcher):
 
     Attributes:
         exhausted: whether every run was handed out and ended; not so after an interruption.
+        stop: after a signal nothing more is handed out.
     """
+
+    stop: Stop | None = None
 
     def __init__(self, runs: list[RunConfig], ledger: Ledger, make_trial: MakeTrial, retries: int) -> None:
         super().__init__()
@@ -39,6 +43,8 @@ class ListSearcher(Searcher):
         self.exhausted = False
 
     def suggest(self, trial_id: str) -> Trial | str | None:
+        if self.stop is not None and self.stop.signal:
+            return None
         run = self._next()
         if run is None:
             self.exhausted = not self._live

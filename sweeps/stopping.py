@@ -1,7 +1,8 @@
 """Ending a sweep early: what the user asks with SIGINT or SIGTERM, and what Ray does not survive.
 
-The first signal is obeyed between two steps of Tune: actors end, MLflow runs are closed, and the command exits with
-128 + signal. A second one ends the process at once; a private cluster dies with it, and the next start cleans up.
+The first signal is obeyed between two steps of Tune: search trials are saved as they end their epoch, actors end,
+MLflow runs are closed, and the command exits with 128 + signal. A second one ends the process at once; a private
+cluster dies with it, and the next start cleans up.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 from fastbp.record import DISK_FULL, RecordError
 
+SAVE_SECONDS = 15.0  # for running search trials to end their epoch and be saved, after the first signal
 AGAIN_SECONDS = 0.5  # what sends a signal to a process and to its group sends it twice
 NODE_SECONDS = 5.0  # between two looks at the driver's own node
 GRACE_SECONDS = 20.0  # for an orderly end without the node; then the process ends as it is
@@ -58,13 +60,17 @@ class Stop:
             before = signal.signal(number, self._on_signal)
             self._before.setdefault(number, before if before is not None else signal.SIG_DFL)
 
-    def check(self) -> None:
+    def check(self, *, saving: bool = False) -> None:
         """Between two steps of Tune.
+
+        Args:
+            saving: whether trials are still to be saved; a signal waits `SAVE_SECONDS` for that.
 
         Raises:
             Interrupted: the sweep has to end.
         """
-        if self.signal or self.cause:
+        saving = saving and time.monotonic() - self._since < SAVE_SECONDS
+        if self.cause or (self.signal and not saving):
             raise Interrupted
 
     def lose(self, cause: str) -> None:

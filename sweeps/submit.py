@@ -74,7 +74,7 @@ def prepare(
         working_dir: uploaded, and the job's working directory.
         env: NAME (its value here) or NAME=VALUE each.
         smoke: the sweep at its smallest.
-        remeasure: whether measured runs that shared their device run again.
+        remeasure: whether measured runs that shared their device run again, with all of their block.
 
     Raises:
         SweepError: the sweep, the address, the folder or the environment cannot be used; nothing was sent.

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy.stats import binom
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -27,11 +28,12 @@ def script(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("figures", "least", "said"),
     [
-        ({"a": 1.0, "b": 2.0}, False, None),
-        ({"a": 1.01, "b": 2.0}, False, "x: 1 of 2 claims do not hold: a is 1.01, at most 1 is claimed; see there"),
-        ({"a": math.nan, "b": 3.0}, False, "2 of 2 claims do not hold: a is nan, at most 1 is claimed, b is 3.00, at"),
-        ({"a": 1.0, "b": 2.0}, True, None),
-        ({"a": 1.0, "b": 1.99}, True, "1 of 2 claims do not hold: b is 1.99, at least 2 is claimed"),
+        ({"a": 1.0, "b": 2.0}, "", None),
+        ({"a": 1.01, "b": 2.0}, "", "x: 1 of 2 claims do not hold: a is 1.01, at most 1 is claimed; see there"),
+        ({"a": math.nan, "b": 3.0}, "", "2 of 2 claims do not hold: a is nan, at most 1 is claimed, b is 3.00, at"),
+        ({"a": 1.0, "b": 2.0}, "ab", None),
+        ({"a": 1.0, "b": 1.99}, "ab", "1 of 2 claims do not hold: b is 1.99, at least 2 is claimed"),
+        ({"a": 0.5, "b": 1.99}, "b", "1 of 2 claims do not hold: b is 1.99, at least 2 is claimed"),
     ],
 )
 def test_judging(script, capsys, figures, least, said):
@@ -79,8 +81,14 @@ def test_a_loop_that_is_too_slow_ends_the_benchmark_with_one(script, monkeypatch
     check_end(benchmark, said, tmp_path / "out.json")
 
 
-def test_the_middle_of_an_even_number_is_between_two(script):
-    assert script("benchmark").median_interval([4.0, 1.0, 3.0, 2.0])[0] == 2.5
+def test_the_interval_of_a_median_covers_it(script):
+    interval = script("benchmark").median_interval
+    assert interval([4.0, 1.0, 3.0, 2.0]) == (2.5, 1.0, 4.0), "too few for 95 %: the range"
+    for n in range(6, 60):
+        _, low, high = interval([float(i) for i in range(n)])
+        assert low + high == n - 1, "as many values left out on one side as on the other"
+        outside = [2 * binom.cdf(left_out, n, 0.5) for left_out in (low, low + 1)]
+        assert outside[0] <= 0.05 < outside[1], f"{n} values: [{low}, {high}] covers {1 - outside[0]:.3f}"
 
 
 def check_end(benchmark, said, out):

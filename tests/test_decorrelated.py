@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -266,6 +267,10 @@ def test_warns_once_where_the_rule_would_diverge():
     assert abs(metrics["dbp/step_x_top_eigenvalue"] - 0.05 * 31.5) < 1e-6, f"metrics {metrics}"
     assert metrics["dbp/rms_D_max"] > 0, f"metrics {metrics}"
     estimator.metrics()  # no second warning: warnings are errors
+    advised = float(str(caught[0].message).rpartition("use at most ")[2])
+    estimator = replace(method, decor_lr=advised).bind(nn.Sequential(nn.Linear(64, 2)).double(), nn.functional.mse_loss)
+    estimator.backward(x, torch.zeros(64, 2, dtype=F64))
+    assert 0.1 < estimator.metrics()["dbp/step_x_top_eigenvalue"] < 0.5, f"advised {advised}, and no warning"
 
 
 OPTIMISATION = {

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastbp.chain import Add, Chain, ShortcutAdd, has_residual_path
-from fastbp.layers import SelfAttention, SubsamplePad
+from fastbp import HighwayBP
+from fastbp.chain import Add, Chain, Residual, ShortcutAdd, has_residual_path
+from fastbp.layers import ChannelsToColumns, ColumnsToChannels, SelfAttention, SubsamplePad
 from fastbp.nets import NETS, make_model
 from fastbp.recurrent import Recurrent
 from fastbp.views import as_chain
@@ -231,3 +232,52 @@ def test_missing_libraries_name_the_extra(library, monkeypatch):
     monkeypatch.setitem(sys.modules, f"{library}.models", None)
     with pytest.raises(ImportError, match=rf"{library}:resnet18' needs {library}: pip install fastbp\[vision\]"):
         make_model(f"{library}:resnet18", (3, 32, 32), 7, {}, seed=0)
+
+
+def test_columns_become_channels_and_come_back():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    low = ColumnsToChannels(2)(x)
+    assert low.shape == (2, 6, 4, 4)
+    for j in (0, 1):
+        want = (x[:, :, 0::2, j::2] + x[:, :, 1::2, j::2]) / 2
+        torch.testing.assert_close(low[:, 3 * j : 3 * (j + 1)], want)
+    torch.testing.assert_close(ColumnsToChannels(2)(low), ColumnsToChannels(4)(x))
+    for s in (2, 4):
+        y = torch.randn(2, 3 * s, 8 // s, 8 // s, generator=generator, dtype=torch.float64)
+        down, up = ColumnsToChannels(s), ChannelsToColumns(s)
+        torch.testing.assert_close(down(up(y)), y)
+        torch.testing.assert_close((down(x) * y).sum(), (x * up(y)).sum() / s)
+
+
+def test_a_full_stream_is_the_net_that_downsamples_in_its_skip():
+    net = make_model("resnet20", (3, 8, 8), CLASSES, {"width": 4, "stream": "full"}, seed=0).double()
+    assert all(type(block.merge) is Add for block in net.residuals())
+    body, before = [], 1
+    for i, block in enumerate(net.residuals()):
+        layers = [m for m in block.branch if not isinstance(m, ColumnsToChannels | ChannelsToColumns)]
+        factor = 2 ** (i // 3)
+        halves = [ColumnsToChannels(2)] if factor != before else []
+        merge = ShortcutAdd(ColumnsToChannels(2), relu=False) if halves else Add()
+        body.append(Residual(nn.Sequential(*halves, *layers), merge))
+        before = factor
+    same = Chain(net.stem, body, net.head[1:])
+    x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    found = []
+    for model in (net, same):
+        model.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        found.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    net.zero_grad()
+    HighwayBP(iterations=9).bind(net, F.cross_entropy).backward(x, y)
+    for p, want in zip(net.parameters(), found[0], strict=True):
+        torch.testing.assert_close(p.grad, want)
+
+
+def test_a_full_stream_refuses_what_it_cannot_halve_twice():
+    with pytest.raises(ValueError, match=r"^resnet20: stream = 'full' needs height and width in multiples of 4, got 6"):
+        make_model("resnet20", (3, 6, 8), CLASSES, {"stream": "full"})
+    with pytest.raises(ValueError, match=r"^resnet20: stream = 'half': must be stages or full$"):
+        make_model("resnet20", (3, 8, 8), CLASSES, {"stream": "half"})

@@ -320,6 +320,13 @@ def test_schedules_reach_the_rounds():
     assert coarse.metrics()["highway/iterations"] == 1, "every increment is small enough, so one round is"
 
 
+def test_a_tolerance_decides_where_all_rounds_are_allowed():
+    model, x, y = net_and_batch("gru", steps=12)
+    estimator = HighwayBP(iterations=20, tolerance=0.3).bind(model, tokens_loss)
+    estimator.backward(x, y)
+    assert 0 < int(estimator.start_epoch(1).kind.removeprefix("k=")) < 12
+
+
 def test_rounds_of_an_exact_epoch_are_not_made_up():
     model, _, _ = net_and_batch("gru", steps=12)
     method = HighwayBP(iterations=2, exact_from=1)
@@ -412,6 +419,11 @@ def test_other_refusals():
         as_chain(net)
     with pytest.raises(TypeError, match=r"^as_chain cannot see a fastbp\.recurrent\.Recurrent as a chain"):
         DDG(2).bind(net, tokens_loss)
+    gru, lstm = (net_and_batch(cell, steps=4)[0] for cell in ("gru", "lstm"))
+    with pytest.raises(ValueError, match=r"lstm_state = 'ch': this Recurrent has no nn\.LSTM; omit it"):
+        HighwayBP(lstm_state="ch").bind(gru, tokens_loss)
+    with pytest.raises(ValueError, match=r"batched = True: the steps of a Recurrent are one product in any case"):
+        HighwayBP(batched=True).bind(lstm, tokens_loss)
     with pytest.raises(ValueError, match=r"lstm_state = 'oc': must be one of co, ch"):
         HighwayBP(lstm_state="oc")
 

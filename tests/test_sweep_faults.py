@@ -89,6 +89,25 @@ def test_a_driver_killed_twice_a_torn_line_and_a_poisoned_checkpoint(victim, tmp
     assert sweep.runs()[hurt.run_key].resumed, "the run did not continue from the older checkpoint"
 
 
+def test_a_signal_saves_the_trials_under_way(victim, tmp_path):
+    text = (
+        TASK + "arms: {slow: {method: 'fault_methods:Slow', seconds: 0.2, recipe: {lr: {log_uniform: [0.01, 0.5]}}}}\n"
+    )
+    sweep = victim(text + "search: {sampler: random, trials: 2}\n")
+    sweep.start()
+    sweep.until(lambda records: under_way(records, "search"))
+    assert sweep.kill(signal.SIGTERM) == 128 + signal.SIGTERM, sweep.said
+    before = sweep.records()
+    hurt = under_way(before, "search")
+    assert hurt
+    assert all(saved_states(str(sweep.out / "tune"), run.run_key) for run in hurt), sweep.said
+    assert sweep.run() == 0, sweep.said
+    for run in hurt:
+        assert sweep.runs()[run.run_key].resumed, "it did not continue from what was saved"
+        epochs = [r.epoch for r in sweep.records() if r.kind == "epoch" and r.run_key == run.run_key]
+        assert epochs == list(range(5)), f"every epoch once, in two attempts: {epochs}"
+
+
 @pytest.mark.long
 def test_sigterm_ctrl_c_a_clock_set_back_and_a_full_disk(victim, tmp_path):
     sweep = victim(TWO_PHASES, FAULT_CLOCK=str(tmp_path / "back"))

@@ -26,7 +26,14 @@ def test_contaminated_are_the_finished_measured_runs_that_were_not_alone():
         ]
     )
     assert [record.run_key for record in ledger.contaminated] == ["shared", "ablated"]
+    assert ledger.spoiled == {"alone", "shared", "ablated", "diverged"}, "one block each, but for the search"
     assert all(ledger.done(key) for key in ledger.runs), "none of them runs again unasked"
+
+
+def test_a_block_is_measured_again_as_a_whole():
+    runs = [ended("a", block=0), ended("b", block=0, exclusive=False), ended("c", block=1), ended("d", block=0)]
+    ledger = Ledger.of([*runs[:3], replace(runs[3], status="failed"), ended("e", block=0, phase="ablate")])
+    assert ledger.spoiled == {"a", "b"}, "what failed runs again anyway"
 
 
 @pytest.mark.parametrize(("status", "done"), [("running", False), ("failed", False), ("finished", True)])

@@ -131,6 +131,32 @@ def test_search_shares_gpus_and_measure_has_a_node_to_itself(cluster, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.slow
+def test_the_modules_of_a_trial_are_on_as_many_nodes_as_it_takes(cluster, tmp_path):
+    """Two GPUs, of which every node has one."""
+    file = tmp_path / "stamps"
+    outcome, runs, said = run(
+        tmp_path,
+        "name: spread\ntask: {data: digits, model: mlp, model_args: {depth: 4, width: 8}, data_args: {limit: 128}}\n"
+        "recipe: {epochs: 2, batch_size: 32, lr: 0.05}\narms:\n  bp: {method: bp}\n"
+        f'  one: {{method: ddg, modules: 2, cuts: [2]}}\n  two: {{method: "stamped_methods:Stamps", file: {file}, '
+        "seconds: 0.01, inner: {method: ddg, modules: 2, cuts: [2], processes: true}}\n"
+        "measure: {seeds: [0], threads: 1, gpus: 1, controls: false}\n",
+    )
+    assert outcome.ok, f"{outcome}: {said}"
+    one, two = (next(r for r in runs["measure"] if r.arm == arm) for arm in ("one", "two"))
+    assert (one.status, one.workers, two.status, two.workers) == ("finished", 1, "finished", 2), said
+    assert two.reason == "the GPUs were not watched: the run has several processes"
+    assert (two.val_accuracy, two.test_accuracy) == (one.val_accuracy, one.test_accuracy)
+    lines = [line.split()[1:] for line in file.read_text().splitlines()]
+    places = {process: node for node, process in lines}
+    nodes = {node.id[:8] for node in live_nodes() if node.gpus}
+    assert (len(places), set(places.values())) == (2, nodes), f"processes on nodes {places}; with a GPU {nodes}"
+    steps = [sum(of == process for _, of in lines) for process in places]
+    assert steps[0] == steps[1] >= 8, f"steps by process: {steps}"
+
+
+@pytest.mark.long
+@pytest.mark.slow
 def test_a_node_that_dies_while_measuring_costs_nothing_but_its_run(cluster, tmp_path):
     file, gone = tmp_path / "stamps", []
 

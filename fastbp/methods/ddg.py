@@ -6,9 +6,9 @@ Exact when  modules = 1.
 Needs       Chain, nn.Sequential, or a model that `as_chain` can see into; no weight shared across a cut. Leaf.
 Cost        On one device: backprop's time; a module that is d steps late holds d+1 batches' activations (and weights,
             `stash`). Side by side, on `devices` or in `processes`: the slowest module's forward and backward per batch,
-            so `split` by measured time is the default there (modules that sleep: 1.03 to 1.04 times that, K = 2, 3, 4;
-            memory: 1.00 times the formula, `replay` 0.90 to 0.98; K = 2 on two CPU processes: 1.86 times the throughput
-            of backprop on one thread, 1.05, quartiles 0.99 to 1.13, of both threads, 1.27 times that of 1F1B, 0.99 of
+            so `split` by measured time is the default there (modules that sleep: 1.03 times that, K = 2, 3, 4;
+            memory: 1.00 times the formula, `replay` 0.90 to 0.98; K = 2 on two CPU processes: 1.80 times the throughput
+            of backprop on one thread, 1.01, quartiles 0.97 to 1.03, of both threads, 1.21 times that of 1F1B, 0.98 of
             data parallelism; benchmarks/ddg_speed.py).
 Departs     `stash` (default) differentiates at the weights of the batch, as the paper's formula says; the authors' code
             used the current ones in part (`mixed`). `replay` recomputes the forward (features replay). Dropout is
@@ -16,7 +16,7 @@ Departs     `stash` (default) differentiates at the weights of the batch, as the
             error signal when it needs it, not when it is made: same numbers, and forward passes overlap too.
 Not for     Speed on one device; momentum 0.9 at backprop's learning rate: the delay shrinks the stable step (over the
             curvature, K = 1, 2, 3, 4: 1.36, 0.25, 0.08, 0.05 with Nesterov momentum 0.9; 2, 1, 0.62, 0.45 without
-            momentum), so refit the learning rate per K; short trainings, even then (ResNet-20, 2048 images of 16 px, 12
+            momentum), so refit the learning rate per K; short trainings, even then (ResNet-20, 2560 images of 16 px, 12
             epochs, one process, 3 seeds, sweeps/module_splits.yaml: 1.4 to 2.6 points below backprop at K = 2, 2.5 and
             4.0 at K = 4, of which only the 2.5 is beyond the noise of so few seeds; 0.79 to 0.97 of its speed);
             `mixed` under autocast, where the saved casts turn it into `stash`.
@@ -28,7 +28,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Annotated, Any
@@ -41,6 +41,8 @@ from fastbp.delayed import DelayedModule, InFlight, measurement
 from fastbp.knobs import Choice, IntRange, Uniform, nearest, require
 from fastbp.links import Carried, Carrier
 from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method, nest, parts
+from fastbp.methods.highway import HighwayBP
+from fastbp.placed import device_named, gathered
 from fastbp.split import SPLITS, BlockCost, best_cuts, even_cuts, measure, module_bytes, pieces, table, tied_cuts
 from fastbp.views import as_chain
 
@@ -64,7 +66,8 @@ class DDG(Method):
         max_memory_bytes: of any module, as counted by `fastbp.split.module_bytes`; cuts that need more are not taken.
             With one module the whole net has to fit; the control, `exact`, has no cap.
         devices: one torch device per module, in one process; None runs all modules where the model is.
-        processes: one process per module, in a `torch.distributed` group of K ranks that run the same loop.
+        processes: one process per module, in a `torch.distributed` group of K ranks that run the same loop;
+            batches of equally many examples have the same shapes.
         shrink: factor on the error signal at every late module, so that module k carries shrink^(K-1-k) (FDG's beta).
         lr_power: the learning rate of a module that is d steps late is divided by (1+d)^lr_power.
         undelayed_epochs: epochs at the start that are plain backprop.
@@ -134,10 +137,14 @@ class DDG(Method):
 
 
 def in_place(method: Method) -> Method:
-    """The same combination with all modules of a DDG in this process, where the model is: same numbers."""
-    return nest(
-        replace(part, devices=None, processes=False) if isinstance(part, DDG) else part for part in parts(method)
-    )
+    """The same combination, all of it in this process and where the model is: same numbers."""
+
+    def here(part: Method) -> Method:
+        if isinstance(part, DDG):
+            return replace(part, devices=None, processes=False)
+        return replace(part, devices=None) if isinstance(part, HighwayBP) else part
+
+    return nest(map(here, parts(method)))
 
 
 class Cutter:
@@ -324,7 +331,7 @@ class DelayedEstimator(GradientEstimator):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where `state_dict` was taken; load the model's own state first."""
+        """Continue exactly where `state_dict` was taken; load the model's own state first, in training's autocast."""
         cuts = state["cuts"]
         if cuts is not None and len(cuts) != self.method.modules - 1:
             raise ValueError(
@@ -356,7 +363,11 @@ class DelayedEstimator(GradientEstimator):
 
 
 class _DDG(DelayedEstimator):
-    """All modules in one process, where the model is or on one device each."""
+    """All modules in one process, where the model is or on one device each.
+
+    Raises:
+        ValueError: this machine does not have one of the devices; nothing was moved.
+    """
 
     def __init__(self, method: DDG, model: nn.Module, cutter: Cutter, loss_fn: LossFn) -> None:
         super().__init__(method, model, cutter, loss_fn)
@@ -439,20 +450,8 @@ class _DDG(DelayedEstimator):
             stale, now = (torch.cat(side) for side in zip(*pairs, strict=True))
             self.cosines[module.k] = cosine_similarity(stale, now, dim=0)
 
-    @contextmanager
-    def whole(self) -> Iterator[nn.Module]:
-        home = [
-            (tensor, tensor.data)
-            for tensor in (*self.model.parameters(), *self.model.buffers())
-            if self.devices and tensor.device != self.devices[0]
-        ]
-        for tensor, data in home:
-            tensor.data = data.to(self.devices[0])
-        try:
-            yield self.model
-        finally:
-            for tensor, data in home:  # the very storage: what is in flight may alias it
-                tensor.data = data
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        return gathered(self.model, self.devices)  # back to the very storages: what is in flight may alias them
 
     def metrics(self) -> dict[str, float]:
         flight = float(len(self.modules[0].queue)) if self.modules else 0.0
@@ -485,4 +484,4 @@ class _DDG(DelayedEstimator):
 
 
 def _devices(method: DDG) -> tuple[torch.device, ...]:
-    return tuple(torch.device(name) for name in (method.devices or ())[: method.modules])
+    return tuple(device_named(name, "DDG.devices") for name in (method.devices or ())[: method.modules])

@@ -346,7 +346,7 @@ class _DecorrelatedBP(WrappingEstimator):
             warnings.warn(
                 f"DecorrelatedBP.decor_lr = {self.method.decor_lr:g} is too large for layer {path}: times the top "
                 f"eigenvalue of its input's off-diagonal second moment it is {step:.2g}, and R diverges above 2; "
-                f"use at most {self.method.decor_lr * _SAFE_STEP / step:.1g}",
+                f"use at most {_rounded_down(self.method.decor_lr * _SAFE_STEP / step):.1g}",
                 stacklevel=3,
             )
         silent = [path for path in self.layers if path not in self.top]
@@ -462,6 +462,12 @@ def _is_decorrelated(layer: nn.Module) -> bool:
         isinstance(part, Decorrelation)
         for part in layer.parametrizations.weight  # type: ignore[union-attr]
     )
+
+
+def _rounded_down(value: float) -> float:
+    """To one significant digit."""
+    digit = 10.0 ** math.floor(math.log10(value))
+    return math.floor(value / digit) * digit
 
 
 def _is_pattern(text: str) -> bool:

@@ -8,27 +8,40 @@ Needs       Chain of Residual blocks, or a model that `as_chain` can see into; o
 Cost        Forward as backprop. k rounds of input VJPs of all blocks (parallel over blocks in principle), then one
             pass for the parameters: about (k+3)/3 of backprop's FLOPs; `batched` adds one forward of the blocks.
             Memory: backprop's, held longer, plus three states per block (k more with min_residual).
+            `devices` share out blocks, weights and memory and all work in a round, launched by one thread; the forward
+            goes from one to the next. Speed on several GPUs: not measured.
             Over time a round is one matrix product and one scan for all steps: cheap beside a step-by-step backward. On
             one CPU thread, batch 8, 1024 steps, k = 5, a GRU's training step is 5.6 times as fast as a Python loop's
             and 4.2 times as fast as with torch's own layer at width 16 (cosine to the gradient .97; k = 20: 3.5, 3.0,
             1.00), 2.2 and 1.9 times at width 64 (.83); an LSTM's 7.5 and 0.4 times at width 16, 2.0 and 0.3 at 64:
             torch has one kernel for all of its steps there (benchmarks/highway_rnn.py). At depth, on the same thread,
             `batched` is 1.13 times as fast as backprop at k = 0 [0.92, 1.22] and 0.79 at k = 3 on a GPT of 24 blocks of
-            width 32 and 8 tokens; larger GPTs, a ViT and ResNet-110 lose at every k: 0.92 to 0.98 at k = 0, 0.28 to
-            0.43 at k = 5 (benchmarks/highway_deep.py).
-Departs     Rounds run as a serial loop over blocks, so every k >= 1 is slower than backprop; with `batched`, blocks of
-            equal structure are one call. A round skips blocks whose signal is final already (w_i after L-i rounds).
+            width 32 and 8 tokens (cosines .77, 1.00); larger GPTs, a ViT and ResNet-110 are, in the better of the two
+            forms, 0.92 to 0.98 times as fast at k = 0 (cosine .10 to .66) and 0.30 to 0.43 at k = 5 (.45 for the
+            ResNet, .99 else; benchmarks/highway_deep.py).
+Departs     Rounds run as a serial loop over blocks, so on one device every k >= 1 is slower than backprop; with
+            `batched`, blocks of equal structure are one call. Between `devices` the scan is walked, one tensor per cut,
+            where log2(devices) hops would do. A round skips blocks whose signal is final (w_i after L-i rounds).
             The scan starts from K_{i+1}, which the paper's printed algorithm misindexes. The merge's Jacobian is
             applied as a VJP, whatever it is; of a post-LN block K is the diagonal of its norm, the rest counts as J.
             Growing iterations, gamma over epochs, tolerance and min_residual are not in the paper; all are off.
 Not for     Speed on one device, but over time, or where `batched` blocks are too small to fill it
-            (benchmarks/highway_deep.py), ResNets never; LSTMs on a CPU; late training of transformers at small k, where
-            blocks cancel the stream and the error grows before it falls (raise gamma, or combination = min_residual).
+            (benchmarks/highway_deep.py), ResNets never; LSTMs on a CPU; late training of transformers at small k, and
+            LSTMs over long times, where blocks or steps cancel the stream and the error grows before it falls (LSTM of
+            64, 1024 steps: cosine .89 at k = 10, .42 at 20): raise gamma, or combination = min_residual. Small nets on
+            one CPU thread, test accuracy in % (sweeps/highway_iterations*.yaml). GRU of 32 over 64 steps, 5 seeds:
+            backprop 78.3, k = 10 82.2 (+3.9 [-1.7, 9.4]) at 0.82 of its speed, truncated backprop (gamma = 1, k = 10)
+            64.5; k = 0, 1, 2, 5, 10, 20, 3 seeds: 67, 69, 72, 79, 82, 81, and with gamma = 1 52, 56, 60, 67, 69, 75.
+            ResNet-20, 5 epochs: backprop 35.7, k = 3 34.5 (-1.2 [-3.0, 0.6]) at 0.47 of its speed, growing k 35.4 at
+            0.59, a tolerance 35.7 at 0.33; k = 0, 1, 3, 8, 2 seeds: 31.7, 34.1, 34.4, 34.7, gamma = 1: 25.7, 27.8,
+            30.7, 35.1. GPT of 8 blocks, 8 epochs: backprop 27.7, k = 3 27.8 at 0.40, min_residual 28.2 at 0.37; gamma
+            up to .2 moves 0.5 at most, gamma = 1 costs 2.5 to 5.6.
 Reference   Fagnou, Caillon, Delattre, Allauzen (ICLR 2025), arXiv:2501.17086.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -39,6 +52,7 @@ from fastbp.highway_recurrent import LSTM_STATES, HighwayOverTime, sees_over_tim
 from fastbp.highway_schedule import ScheduledEstimator
 from fastbp.knobs import Choice, IntRange, nearest, require
 from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method
+from fastbp.placed import Placement, gathered
 from fastbp.rounds import min_residual, sum_of_increments
 from fastbp.tapes import BlockPlan, Tapes
 from fastbp.views import as_chain
@@ -67,6 +81,9 @@ class HighwayBP(Method):
             per round: the same sums in another order. It pays where a block is too small to fill the device.
         lstm_state: of an LSTM over time, what one step hands to the next: `co`, cell state and output gate, or `ch`,
             cell state and output (the paper), which wastes a round. Other nets do not have it.
+        devices: names of torch devices; each takes an equal share of consecutive blocks, the first the stem too, the
+            last the head; None: all where the model is. In a round all of them work at the same time. Over every cut
+            one tensor crosses in the forward and one back in each of the k + 1 scans; sums keep their order.
     """
 
     iterations: Annotated[int, IntRange(0, 8)] = 4
@@ -78,9 +95,12 @@ class HighwayBP(Method):
     combination: Annotated[str, Choice(_COMBINATIONS)] = "sum"
     batched: bool = False
     lstm_state: Annotated[str, Choice(LSTM_STATES)] = "co"
+    devices: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.devices, list):
+            object.__setattr__(self, "devices", tuple(self.devices))
         require(self, "iterations", self.iterations >= 0, "must be 0 or more; the number of blocks is exact")
         require(self, "gamma", 0 <= self.gamma <= 1, "must be in [0, 1]")
         require(self, "growing_epochs", self.growing_epochs >= 0, "must not be negative; 0 is constant iterations")
@@ -91,9 +111,18 @@ class HighwayBP(Method):
         require(self, "combination", self.combination in _COMBINATIONS, known)
         states = f"must be one of {', '.join(LSTM_STATES)}{nearest(self.lstm_state, LSTM_STATES)}"
         require(self, "lstm_state", self.lstm_state in LSTM_STATES, states)
+        named = isinstance(self.devices, tuple) and self.devices and all(isinstance(name, str) for name in self.devices)
+        rule = "must be names of torch devices, at least one, such as ('cuda:0', 'cuda:1'); None is where the model is"
+        require(self, "devices", self.devices is None or bool(named), rule)
 
     def bind(self, model: nn.Module, loss_fn: LossFn) -> GradientEstimator:
+        has_it = self.lstm_state == "co" or any(isinstance(module, nn.LSTM) for module in model.modules())
+        require(self, "lstm_state", has_it, f"this {type(model).__name__} has no nn.LSTM; omit it")
         if sees_over_time(model):
+            rule = f"the steps of a {type(model).__name__} are one product in any case; omit it"
+            require(self, "batched", not self.batched, rule)
+            rule = f"the steps of a {type(model).__name__} share their weights and stay on one device; omit it"
+            require(self, "devices", self.devices is None, rule)
             return HighwayOverTime(self, model, loss_fn)
         chain = as_chain(model)
         if not any(has_residual_path(block) for block in chain.residuals()):
@@ -112,6 +141,8 @@ class _HighwayBP(ScheduledEstimator):
     def __init__(self, method: HighwayBP, model: nn.Module, chain: Chain, loss_fn: LossFn) -> None:
         super().__init__(method, model, loss_fn, len(chain.blocks))
         self.chain = chain
+        self.placement = Placement(chain, method.devices)
+        self.devices = self.placement.devices
         self.combine = sum_of_increments if method.combination == "sum" else min_residual
         self.plan: BlockPlan | None = None  # made late: other methods may still change the layers
 
@@ -119,9 +150,16 @@ class _HighwayBP(ScheduledEstimator):
         self.plan = None
         return super().start_epoch(epoch)
 
+    def backward(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().backward(self.placement.carry(x, 0), self.placement.carry(y, -1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.placement.forward(x) if self.devices else super().forward(x)
+
     def estimate(self, x: Tensor, y: Tensor, iterations: int, measure: bool) -> tuple[Tensor, Tensor | None]:
         if self.plan is None:
-            self.plan = BlockPlan(self.chain.residuals(), batched=self.method.batched)
+            blocks, carry = self.chain.residuals(), self.placement.carry
+            self.plan = BlockPlan(blocks, batched=self.method.batched, carry=carry)
         h0 = self.chain.stem(x)
         tapes = Tapes(self.plan, h0, self.schedule.gamma)
         last = tapes.last.requires_grad_()
@@ -134,3 +172,11 @@ class _HighwayBP(ScheduledEstimator):
         if h0.requires_grad:
             h0.backward(w[0])
         return loss, ratios
+
+    def whole(self) -> AbstractContextManager[nn.Module]:
+        return gathered(self.model, self.devices)
+
+    def finalize(self) -> nn.Module:
+        if self.devices:
+            self.model.to(self.devices[0])
+        return super().finalize()

@@ -24,7 +24,8 @@ Not for     Saving memory (but `prefix` keeps no activation below its cut); comp
             more than a block has layers with `prefix`). Short trainings: ResNet-20, 2048 images of 16 px, 5 epochs, two
             of which drop, one CPU thread, 3 seeds (sweeps/drop_rates.yaml): 1.05, 1.07, 1.17 and 1.23 times as fast as
             backprop with `layer`, `tensor`, `prefix` and, on twice the batch, `block`, none beyond the noise after
-            correction, at 0.6 to 2.6 points less accuracy, which are the plan's: the mask alone moves -0.6 to +0.2.
+            correction, at 0.6 to 2.6 points less accuracy, which the plan and the searched learning rates cost: the
+            mask alone moves -0.6 to +0.2.
 Reference   Hershkovitch Neiterman, Ben-Artzi (2024), arXiv:2412.18027.
 """
 
