@@ -14,13 +14,14 @@ from fastbp.methods import Backprop
 
 @dataclass(frozen=True)
 class Stamps(Method):
-    """Backprop; every step sleeps for `seconds` and appends `time node process` to a file."""
+    """Every step sleeps for `seconds` and appends `time node process` to a file."""
 
     file: str = ""
     seconds: float = 0.05
+    inner: Method = Backprop()
 
     def bind(self, model, loss_fn):
-        return _Stamps(self, Backprop().bind(model, loss_fn))
+        return _Stamps(self, self.inner.bind(model, loss_fn))
 
     def exact(self, model):
         return None

@@ -2,12 +2,13 @@
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from fastbp import DDG, Backprop
+from fastbp import DDG, Backprop, HighwayBP, LayerDropBack
 from fastbp.run import Recipe, Run, RunConfig, Task
 from reference import ddg as twin
 from test_ddg import (
@@ -343,6 +344,27 @@ def test_named_devices_change_no_number(mode):
     assert got == want, f"losses {got}, in place {want}"
     assert_models_equal(estimator.finalize(), straight, "on named devices")
     assert not any(module.queue for module in estimator.modules), "finalize left batches in flight"
+
+
+def test_a_device_that_is_not_there_leaves_the_model_as_it_was():
+    model = conv_net()
+    with pytest.raises(ValueError, match=r"^DDG\.devices: there is no device 'cuda:64' here \(") as caught:
+        DDG(modules=2, devices=("meta", "cuda:64")).bind(model, cross_entropy)
+    assert "\n" not in str(caught.value)
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}, "modules were moved before"
+
+
+@pytest.mark.parametrize(
+    "method", [DDG(modules=2, devices=("meta", "cpu")), HighwayBP(devices=("meta", "cpu"))], ids=str
+)
+def test_a_run_elsewhere_than_on_the_first_device_is_refused(method):
+    """The whole model comes together there, and would be evaluated on data that are somewhere else."""
+    config = replace(tiny(), method=LayerDropBack(inner=method))
+    name = type(method).__name__
+    with pytest.raises(
+        ValueError, match=rf"^{name}\.devices: the first is meta, .* on cpu; name that one first, or give"
+    ):
+        Run(config, device="cpu")
 
 
 @pytest.mark.parametrize("drained", ["never", "epoch"])

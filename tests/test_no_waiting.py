@@ -1,4 +1,4 @@
-"""No training step of LayerDropBack or DecorrelatedBP waits for the device: nothing is read from a tensor on it."""
+"""No training step of a method waits for the device: nothing is read from a tensor on it."""
 
 from contextlib import nullcontext
 
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbp import DecorrelatedBP, HighwayBP, LayerDropBack
+from fastbp import DDG, DecorrelatedBP, HighwayBP, LayerDropBack
 from fastbp.nets import resnet_tiny
 
 aten = torch.ops.aten
@@ -24,6 +24,14 @@ METHODS = [
     DecorrelatedBP(preserve_function=True, layers="conv"),
     LayerDropBack(inner=DBP),
     DecorrelatedBP(inner=LayerDropBack(inner=HighwayBP(iterations=1))),
+]
+
+DELAYED = [
+    *[DDG(modules=2, weights=weights, shrink=0.5) for weights in ("stash", "mixed", "replay")],
+    *[DDG(modules=2, weights=weights, cuts=(1,), devices=("cpu", "cpu")) for weights in ("stash", "mixed", "replay")],
+    DDG(modules=2, undelayed_epochs=3),
+    LayerDropBack(unit="tensor", inner=DDG(modules=2)),
+    DecorrelatedBP(decor_lr=1e-3, inner=DDG(modules=2)),
 ]
 
 
@@ -46,7 +54,7 @@ def started(method):
     return estimator, x, y
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS + DELAYED, ids=str)
 def test_a_step_reads_no_tensor(method):
     estimator, x, y = started(method)
     with _Reading():
@@ -65,6 +73,20 @@ def test_a_step_runs_where_tensors_have_no_values(method, monkeypatch):
         for parameter in estimator.model.parameters():
             parameter.grad = None
         assert estimator.backward(x.to("meta"), y.to("meta")).is_meta
+
+
+@pytest.mark.parametrize("devices", [None, ("meta", "meta")])
+@pytest.mark.parametrize("weights", ["stash", "mixed", "replay"])
+def test_a_delayed_step_runs_where_tensors_have_no_values(weights, devices):
+    """As above; what is in flight cannot be moved, so the net is without values from the start."""
+    model = resnet_tiny((2, 8, 8), 3, blocks=2, width=4).to("meta")
+    method = DDG(modules=2, weights=weights, cuts=(1,), devices=devices, shrink=0.5)
+    estimator = method.bind(model, nn.functional.cross_entropy)
+    x, y = torch.randn(4, 2, 8, 8, device="meta"), torch.tensor([0, 1, 2, 0], device="meta")
+    for _ in range(4):
+        model.zero_grad()
+        assert estimator.backward(x, y).is_meta
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_reading_is_noticed():

@@ -3,6 +3,7 @@
 import contextlib
 import random
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 
 import pytest
@@ -57,23 +58,21 @@ def test_drop_rates_sets_every_cell_beside_the_same_plan_without_a_mask(plans):
         assert cell.method.mask, f"{name}: the arm itself has no mask"
         assert control.method == replace(cell.method, mask=False), f"{name}: the control has another plan"
         assert control.recipe == cell.recipe
-    doses = crossed(plan, "method.drop_rate", "method.mask")
-    rates = {rate for rate, _ in doses}
-    assert len(rates) >= 3
-    assert doses == {(rate, mask) for rate in rates for mask in (False, True)}
+    levels = crossed(plan, "method.mask", "method.drop_rate", "method.lr_policy", "method.batch_scale")
+    assert levels == set(product((False, True), (0.25, 0.5), ("none", "inverse"), (1.0, 2.0)))
 
 
-def test_decorrelation_strengths_crosses_step_sizes_with_learning_rates(plans):
+def test_decorrelation_strengths_crosses_every_two_of_its_settings(plans):
     plan = plans["decorrelation_strengths"]
     searched = {path.partition(".")[2] for arm in plan.arms for path in arm.space}
     assert searched == {"lr", "decor_lr", "kappa", "sample_fraction", "interval"}
     for name, (cell, control) in cells(plan).items():
         assert control.method == replace(cell.method, decor_lr=0.0), name
-    doses = crossed(plan, "method.decor_lr", "recipe.lr")
-    strengths, rates = ({dose[i] for dose in doses} for i in (0, 1))
-    assert doses == {(strength, rate) for strength in strengths for rate in rates}
-    assert 0.0 in strengths, "backprop with the machinery of the method"
-    assert len(rates) >= 3
+    settings = ("method.decor_lr", "method.kappa", "method.sample_fraction", "method.interval", "recipe.lr")
+    levels = crossed(plan, *settings)
+    assert len(levels) == 16, "half of all"
+    for i, j in combinations(range(5), 2):
+        assert len({(cell[i], cell[j]) for cell in levels}) == 4, f"{settings[i]} is not crossed with {settings[j]}"
 
 
 HIGHWAY = ["highway_iterations", "highway_iterations_gpt", "highway_iterations_gru"]

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from fastbp import DDG
 from fastbp.record import EpochRecord, RunRecord
 from fastbp.run import Recipe, Run, RunConfig, Task
-from fastbp.stage_workers import LocalWorkers, StageError
+from fastbp.stage import Link
+from fastbp.stage_workers import LocalWorkers, StageError, StageWorker
 from fastbp.staged import StagedRun, merged, open_run, stages
 from rank_processes import results_of_ranks
+from slow_data_ranks import LOADING
 from stage_ranks import cases, data, first_epoch, train
 from test_ddg import conv_net, cross_entropy
 
@@ -111,14 +113,18 @@ def test_a_dead_stage_fails_the_run_and_leaves_no_process():
     assert record.ended_at
 
 
+def hold(pipe):
+    time.sleep(600)
+
+
 def silent_workers():
     """Two processes that never answer, as `LocalWorkers` holds them."""
     workers = LocalWorkers.__new__(LocalWorkers)
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(2)]
     workers._folder = tempfile.TemporaryDirectory()
-    workers._pipes = [ours for ours, _ in pairs]
-    workers._processes = [context.Process(target=time.sleep, args=(600,), daemon=True) for _ in pairs]
+    workers._pipes, workers._senders = [ours for ours, _ in pairs], []
+    workers._processes = [context.Process(target=hold, args=(theirs,), daemon=True) for _, theirs in pairs]
     for process in workers._processes:
         process.start()
     return workers, [theirs for _, theirs in pairs]
@@ -133,6 +139,37 @@ def test_a_stage_that_does_not_answer_ends_the_run_and_is_named(monkeypatch, ans
     with pytest.raises(StageError, match=rf"^stage {answered} did not answer within 0\.2 s; all stages were ended"):
         workers.call("train_epoch")
     assert not any(process.is_alive() for process in workers._processes)
+
+
+def test_a_stage_that_does_not_read_ends_the_run_too(monkeypatch):
+    monkeypatch.setattr("fastbp.stage_workers.STATE_SECONDS", 0.2)
+    workers, theirs = silent_workers()
+    for pipe in theirs:
+        pipe.close()
+    with pytest.raises(StageError, match=r"^stage 0 did not answer within 0\.2 s; all stages were ended"):
+        workers.call("load_state_dict", [bytes(2**22)] * 2)
+    assert not any(process.is_alive() for process in workers._processes)
+    assert not any(sender.is_alive() for sender in workers._senders)
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_each_others_data_as_long_as_it_takes(tmp_path):
+    (first, done), (second, _) = results_of_ranks("slow_data_ranks.py", 2, tmp_path)
+    assert done
+    assert first < second, "waiting for the neighbour is no setup of this stage"
+    assert second >= LOADING, "loading is setup"
+
+
+def test_a_stage_without_the_gpu_it_wants_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    wanted = {"device": "cuda"}
+    with pytest.raises(
+        ValueError, match=r"^DDG\.processes = True: its stages are to use cuda, but torch .* sees no GPU"
+    ):
+        StageWorker(0, 2, f"file://{tmp_path}/group", config(processes=True).to_dict(), wanted, 1.0)
+    with pytest.raises(ValueError, match=r"^DDG\.processes = True: 2 modules need 2 GPUs, this machine has 0"):
+        open_run(config(processes=True), **wanted)
 
 
 def test_a_stage_that_cannot_start_says_why():
@@ -183,3 +220,52 @@ def test_the_record_says_how_many_devices_and_compares_with_as_many_threads(give
     record = StagedRun(config(processes=True), _Asked(each, kind), given).start_record()
     got = (record.workers, record.device["threads"])
     assert got == (want, given), f"two processes of {each} threads for a run that was given {given}: {got}"
+
+
+def holding():
+    """A link that holds what it is to send, as over nccl, so that it needs no group."""
+    link = Link(1, torch.device("cpu"))
+    link.fused = True
+    return link
+
+
+def test_sends_are_held_on_gpus_whatever_the_group_is_called(monkeypatch):
+    monkeypatch.setattr(dist, "get_backend", lambda: "undefined")  # of a group that was made without a name
+    assert Link(1, torch.device("cuda", 0)).fused
+    assert not Link(1, torch.device("cpu")).fused
+
+
+@pytest.mark.parametrize(
+    ("later", "said"),
+    [
+        (torch.zeros(4, 3, 8, 8), r"float32 \(4, 3, 8, 8\)"),
+        (torch.zeros(4, 3, 8), r"float32 \(4, 3, 8\)"),
+        (torch.zeros(4, 3, 6, 6, dtype=torch.bfloat16), r"bfloat16 \(4, 3, 6, 6\)"),
+    ],
+)
+def test_an_activation_that_changes_its_shape_or_type_is_named(later, said):
+    link = holding()
+    link.push(("activation", 4), torch.zeros(4, 3, 6, 6))
+    link.push(("activation", 2), torch.zeros(2, 3, 8, 8))  # another number of examples is told anew
+    change = rf"the activation of 4 examples changed from float32 \(4, 3, 6, 6\) to {said}, which its receiver cannot"
+    with pytest.raises(ValueError, match=rf"^DDG\.processes = True: {change} know; pad to one size, or set processes"):
+        link.push(("activation", 4), later)
+
+
+def test_a_tensor_goes_in_the_layout_that_its_receiver_knows():
+    link, x = holding(), torch.randn(2, 3, 4, 5)
+    link.push(("activation", 2), x.to(memory_format=torch.channels_last))
+    link.push(("activation", 2), x)
+    _, first, second = link.held
+    assert torch.equal(second, x)
+    assert second.stride() == first.stride()
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.complex64), torch.zeros([1] * 8)])
+def test_a_tensor_that_no_header_can_describe_is_named(tensor):
+    kind = str(tensor.dtype).removeprefix("torch.")
+    message = (
+        rf"^DDG\.processes = True: the activation is {kind} \(.*\), but between processes only float32, .* in up to 7"
+    )
+    with pytest.raises(ValueError, match=message):
+        holding().push(("activation", len(tensor)), tensor)

@@ -1,5 +1,6 @@
 """Stages as Ray actors, in a real sweep: the numbers of one process, and a stage that is killed in the middle."""
 
+import contextlib
 import os
 import signal
 import time
@@ -11,7 +12,7 @@ from fastbp.record import EpochRecord, RunRecord
 from fastbp.run import RunConfig
 from fastbp.stage_workers import StageError
 from faults import Victim, under_way
-from trainables.stage_actors import RayWorkers, stage_resources
+from trainables.stage_actors import RayWorkers, StageActor, stage_resources
 
 SWEEP = """\
 name: faults
@@ -80,6 +81,19 @@ def test_a_trial_asks_for_one_bundle_per_stage():
     assert alone.bundles == [{"CPU": 4.0, "GPU": 0.5}], f"in one process: {alone.bundles}"
     staged = stage_resources(RunConfig(method=DDG(modules=3, processes=True)), 6.0, 0.5)
     assert [b for b in staged.bundles if b] == [{"CPU": 2.0, "GPU": 1.0}] * 3, f"staged: {staged.bundles}"
+
+
+@pytest.mark.parametrize(("fake", "given"), [("0", None), ("1", "cpu")])
+def test_a_stage_whose_gpu_torch_cannot_use_says_so_or_fakes_it(monkeypatch, fake, given):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("trainables.stage_actors.StageWorker", lambda *args: args)
+    monkeypatch.setenv("FASTBP_FAKE_GPU", fake)
+    actor, arguments = StageActor(), (None, [], {}, 0, 2, "tcp://nowhere:1", {})
+    actor.start(*arguments, {"device": "cpu", "threads": 1}, 1.0)
+    actor.start(*arguments, {"device": None}, 1.0)  # whatever there is
+    with contextlib.nullcontext() if given else pytest.raises(RuntimeError, match=r"^Ray gave this run a GPU of node "):
+        actor.start(*arguments, {"device": "cuda"}, 1.0)
+        assert actor._worker == (0, 2, "tcp://nowhere:1", {}, {"device": given}, 1.0)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from fastbp.record import RunRecord
 from fastbp.run import Run, RunConfig
 from fastbp.staged import StagedRun, stages
 from trainables.free_device import OtherPrograms, check_alone, unwatched, wait_until_free
+from trainables.given_device import device_for
 from trainables.stage_actors import RayWorkers
 
 STATE_FILE = "run.pt"
@@ -196,23 +197,6 @@ def _content(uri: str) -> bytes:
     system, path = FileSystem.from_uri(uri)
     with system.open_input_file(path) as file:
         return file.read()
-
-
-def device_for(wanted: str) -> str:
-    """The torch device of a trial that was given a device of this kind.
-
-    Raises:
-        RuntimeError: Ray gave the trial a GPU that torch cannot use. With FASTBP_FAKE_GPU=1 in the environment the CPU
-            stands for it: for tests of scheduling on machines without one.
-    """
-    if wanted != "cuda" or torch.cuda.is_available():
-        return wanted
-    if os.environ.get("FASTBP_FAKE_GPU") == "1":
-        return "cpu"
-    raise RuntimeError(
-        f"Ray gave this run a GPU of node {platform.node()}, but torch {torch.__version__} there sees none: install "
-        "there a CUDA build of torch and a driver that fits it, or set `gpus: 0`"
-    )
 
 
 def node_name(*, cluster: bool) -> str:

@@ -24,8 +24,9 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fastbp.run import RunConfig
-from fastbp.stage_workers import ANSWER_SECONDS, TIMEOUT_SECONDS, StageError, StageWorker
+from fastbp.stage_workers import ANSWER_SECONDS, TIMEOUT_SECONDS, StageError, StageWorker, seconds_for
 from fastbp.staged import stages
+from trainables.given_device import device_for
 
 START_SECONDS = 300.0  # how long actors may take to come up
 USED_SECONDS = 30.0  # how long idle ones may take to say what they used
@@ -64,13 +65,30 @@ class StageActor:
             probe.bind(("", 0))
             return f"tcp://{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
 
-    def start(self, folder: str | None, sys_path: list[str], environment: dict[str, str], *args: Any) -> None:
-        """Join the group and build the run; `args` are those of `StageWorker`."""
+    def start(
+        self,
+        folder: str | None,
+        sys_path: list[str],
+        environment: dict[str, str],
+        rank: int,
+        ranks: int,
+        address: str,
+        config: dict[str, Any],
+        options: dict[str, Any],
+        timeout: float,
+    ) -> None:
+        """Join the group and build the run; from `rank` on, the arguments are those of `StageWorker`.
+
+        Raises:
+            RuntimeError: see `device_for`.
+        """
         if folder and Path(folder).is_dir():
             os.chdir(folder)
         sys.path += [item for item in sys_path if item not in sys.path]
         os.environ.update(environment)
-        self._worker = StageWorker(*args)
+        if options.get("device"):
+            options["device"] = device_for(options["device"])
+        self._worker = StageWorker(rank, ranks, address, config, options, timeout)
 
     def used(self) -> tuple[str, float]:
         """The node's id, and this process's processor seconds so far."""
@@ -135,7 +153,7 @@ class RayWorkers:
     def call(self, name: str, *args: Sequence[Any]) -> list[Any]:
         return self._wait(
             [actor.call.remote(name, [arg[rank] for arg in args]) for rank, actor in enumerate(self._actors)],
-            TIMEOUT_SECONDS if name == "close" else ANSWER_SECONDS,
+            seconds_for(name),
         )
 
     def process_seconds(self) -> float | None:
