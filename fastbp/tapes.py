@@ -92,7 +92,7 @@ class Tapes:
             if tape.members[0] < count:
                 crossed |= tape.across(w, count)
         if self.gamma:
-            return [crossed[i] + self.gamma * self._along_merge(i, w[i + 1]) for i in range(count)]
+            return [crossed.pop(i) + self.gamma * self._along_merge(i, w[i + 1]) for i in range(count)]
         return [crossed[i] for i in range(count)]
 
     def hand_down(self, i: int, w: Tensor) -> Tensor:
