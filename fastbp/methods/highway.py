@@ -37,7 +37,7 @@ Not for     Speed on one device, but over time, or where `batched` blocks are to
             ResNet-20, 5 epochs: backprop 35.7, k = 3 34.5 (-1.2 [-3.0, 0.6]) at 0.47 of its speed, growing k 35.4 at
             0.59, a tolerance 35.7 at 0.33; k = 0, 1, 3, 8, 2 seeds: 31.7, 34.1, 34.4, 34.7, gamma = 1: 25.7, 27.8,
             30.7, 35.1. GPT of 8 blocks, 8 epochs: backprop 27.7, k = 3 27.8 at 0.40, min_residual 28.2 at 0.37; gamma
-            up to .2 moves 0.5 at most, gamma = 1 costs 2.5 to 5.6.
+            up to .2 moves 0.3 at most, gamma = 1 costs 2.6 to 5.3, 2 seeds.
 Reference   Fagnou, Caillon, Delattre, Allauzen (ICLR 2025), arXiv:2501.17086.
 """
 
