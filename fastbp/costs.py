@@ -70,9 +70,9 @@ def _cost(
     plans = {epoch: estimator.start_epoch(epoch) for epoch in range(_LATE * period, (_LATE + 1) * period)}
     for epoch, plan in plans.items():
         if plan.kind not in flops:
-            start_again(estimator, epoch, plan, fresh)
+            again = start_again(estimator, epoch, plan, fresh)
             _warm_up(estimator, x, y)
-            flops[plan.kind] = step_flops(estimator, x, y)
+            flops[plan.kind] = step_flops(estimator, x, y) if again else None
     state_bytes = _bytes([dict(estimator.model.state_dict()), estimator.state_dict()]) - plain_bytes
     ratios = {kind: count / backprop for kind, count in flops.items() if count is not None and backprop}
     if len(ratios) < len(flops):

@@ -259,11 +259,16 @@ class WrappingEstimator(GradientEstimator):
         return self.inner.finalize()
 
 
-def start_again(estimator: GradientEstimator, epoch: int, plan: EpochPlan, state: dict[str, Any]) -> None:
-    """Start the epoch that had this plan in this state, from which steps since may have led the estimator away."""
-    if estimator.start_epoch(epoch) != plan:
-        estimator.load_state_dict(copy.deepcopy(state))
-        estimator.start_epoch(epoch)
+def start_again(estimator: GradientEstimator, epoch: int, plan: EpochPlan, state: dict[str, Any]) -> bool:
+    """Start the epoch that had this plan in this state, from which steps since may have led the estimator away.
+
+    Returns:
+        whether it has this plan again; not so where the plan rests on more than the state.
+    """
+    if estimator.start_epoch(epoch) == plan:
+        return True
+    estimator.load_state_dict(copy.deepcopy(state))
+    return estimator.start_epoch(epoch) == plan
 
 
 def parts(method: Method) -> list[Method]:

@@ -278,8 +278,7 @@ class Run:
             kinds = [self.kind(plan) for plan in self.plans]
             for kind in dict.fromkeys(kinds):  # those counted before a resume too: the process is new
                 epoch = kinds.index(kind)
-                start_again(estimator, epoch, self.plans[epoch], fresh)
-                self._warm_up_kind(estimator, optimizer, self.plans[epoch])
+                self._warm_up_kind(estimator, optimizer, epoch, self.plans[epoch], fresh)
             estimator.finalize()
         self.warm = True
         del self.pristine, estimator, optimizer
@@ -290,8 +289,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)  # the copy needs the room, and the next step begins with this
         with self.clock.segment("warmup"), seeded(self.devices, _mixed(self.config.seed)):
             estimator, optimizer = self._bind_copy(self._make_model())
-            start_again(estimator, self.epoch, plan, self.estimator.state_dict())
-            self._warm_up_kind(estimator, optimizer, plan)
+            self._warm_up_kind(estimator, optimizer, self.epoch, plan, self.estimator.state_dict())
             estimator.finalize()
         del estimator, optimizer
         gc.collect()
@@ -302,7 +300,7 @@ class Run:
         """Be about to train this epoch as if none had been trained, to time it; the weights stay as they are."""
         self.epoch, self.status = epoch, "running"
         if self.estimator.start_epoch(epoch) != self.plans[epoch]:
-            with seeded(self.device, _mixed(self.config.seed)):
+            with seeded(self.devices, _mixed(self.config.seed)):
                 fresh, _ = self._bind_copy(self._make_model())
             start_again(self.estimator, epoch, self.plans[epoch], fresh.state_dict())
 
@@ -312,12 +310,20 @@ class Run:
             estimator.prepare(*self.data.dummy_batch(self.recipe.batch_size))
         return estimator, self.recipe.make_optimizer(estimator.param_groups())
 
-    def _warm_up_kind(self, estimator: GradientEstimator, optimizer: torch.optim.Optimizer, plan: EpochPlan) -> None:
-        """Steps on the copy, in an epoch of this plan, and their FLOPs per example."""
+    def _warm_up_kind(
+        self,
+        estimator: GradientEstimator,
+        optimizer: torch.optim.Optimizer,
+        epoch: int,
+        plan: EpochPlan,
+        state: dict[str, Any],
+    ) -> None:
+        """Steps on the copy, in the epoch that had this plan in this state, and their FLOPs per example."""
         batch_size = _batch_size(self.recipe, plan.batch_scale)
         x, y = next(iter(self.data.batches(batch_size, seed=0, epoch=0, augment=self.recipe.augment)))
         short = len(self.data.train) - (self.data.steps(batch_size) - 1) * batch_size
         with self.recipe.precision_context(self.device):
+            again = start_again(estimator, epoch, plan, state)
             for size in [*[len(y)] * (_WARMUP_STEPS + estimator.latency), min(short, len(y))]:
                 optimizer.zero_grad(set_to_none=True)
                 estimator.backward(x[:size], y[:size])
@@ -325,7 +331,7 @@ class Run:
             for _ in range(estimator.latency):  # no short batch is left in flight
                 estimator.backward(x, y)
             flops = step_flops(estimator, x, y)
-        self.flops[self.kind(plan)] = None if flops is None else flops / len(y)
+        self.flops[self.kind(plan)] = flops / len(y) if again and flops is not None else None
 
     def kind(self, plan: EpochPlan) -> str:
         """Names the work of a step in an epoch of this plan."""

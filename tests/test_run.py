@@ -4,12 +4,23 @@ import dataclasses
 import io
 import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastbp import DDG, Backprop, DecorrelatedBP, HighwayBP, LayerDropBack, nest
+from fastbp import (
+    DDG,
+    Backprop,
+    DecorrelatedBP,
+    EpochPlan,
+    HighwayBP,
+    LayerDropBack,
+    Method,
+    WrappingEstimator,
+    nest,
+)
 from fastbp.data import load_dataset
 from fastbp.flops import Counter
 from fastbp.nets import make_model
@@ -306,3 +317,28 @@ def test_given_data_is_used():
     data = load_dataset("synthetic", device="cpu", n=60)
     run = Run(RunConfig(Task("synthetic", "mlp"), Recipe(epochs=1)), data=data)
     assert len(run.data.train) == len(data.train)
+
+
+@dataclass(frozen=True)
+class Forgetful(Method):
+    """Its epochs alternate between two kinds by a count of all starts, which no state holds."""
+
+    def bind(self, model, loss_fn):
+        return _Forgetful(self, Backprop().bind(model, loss_fn))
+
+    def exact(self, model):
+        return None
+
+
+class _Forgetful(WrappingEstimator):
+    starts = 0
+
+    def start_epoch(self, epoch):
+        self.starts += 1
+        return EpochPlan(kind=f"{self.starts // 3}")
+
+
+def test_flops_of_a_kind_that_cannot_be_brought_about_again_are_unknown():
+    run = Run(RunConfig(Task("digits", "mlp", {"limit": 64}), Recipe(epochs=2, batch_size=16), Forgetful()))
+    record = run.train_epoch()
+    assert record.flops_executed is None, "a number of another kind of step is worse than none"

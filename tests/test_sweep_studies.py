@@ -13,6 +13,7 @@ from sweeps.ledger import Ledger
 from sweeps.samplers import LEARNING
 from sweeps.searcher import ArmSearcher, ListSearcher
 from sweeps.source import SweepError
+from sweeps.stopping import Stop
 from sweeps.studies import ArmStudy, search_log
 
 SAMPLERS = ["tpe", "nsga2", "random", "qmc", "grid"]
@@ -204,6 +205,16 @@ def test_a_list_keeps_its_order_skips_what_is_done_and_retries_at_the_end(tmp_pa
     configs = drive(ListSearcher(runs, ledger, make_trial, retries=1), result)
     seen = [(c["run"]["recipe"]["lr"], c["attempt"]) for c in configs]
     assert seen == [(0.1, 0), (0.3, 0), (0.4, 1), (0.1, 1)], f"order and attempts are {seen}"
+
+
+def test_after_a_signal_nothing_is_handed_out():
+    plan = plan_of(TOY)
+    searcher = ArmSearcher(studies_of(plan), Ledger(), make_trial, 0)
+    searcher.stop = Stop()
+    assert searcher.suggest("a")["run"]
+    searcher.stop.signal = 15
+    assert searcher.suggest("b") is None
+    assert not searcher.exhausted, "the next start goes on"
 
 
 @pytest.mark.parametrize("objectives", [BOTH[:1], BOTH], ids=["one", "two"])

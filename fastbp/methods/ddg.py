@@ -29,7 +29,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -41,7 +41,6 @@ from fastbp.delayed import DelayedModule, InFlight, measurement
 from fastbp.knobs import Choice, IntRange, Uniform, nearest, require
 from fastbp.links import Carried, Carrier
 from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method, nest, parts
-from fastbp.methods.highway import HighwayBP
 from fastbp.placed import device_named, gathered
 from fastbp.split import SPLITS, BlockCost, best_cuts, even_cuts, measure, module_bytes, pieces, table, tied_cuts
 from fastbp.views import as_chain
@@ -138,13 +137,11 @@ class DDG(Method):
 
 def in_place(method: Method) -> Method:
     """The same combination, all of it in this process and where the model is: same numbers."""
-
-    def here(part: Method) -> Method:
-        if isinstance(part, DDG):
-            return replace(part, devices=None, processes=False)
-        return replace(part, devices=None) if isinstance(part, HighwayBP) else part
-
-    return nest(map(here, parts(method)))
+    placed = ("devices", "processes")
+    return nest(
+        replace(part, **{f.name: f.default for f in fields(part) if f.name in placed and f.default is not MISSING})
+        for part in parts(method)
+    )
 
 
 class Cutter:
