@@ -207,8 +207,8 @@ def test_a_list_keeps_its_order_skips_what_is_done_and_retries_at_the_end(tmp_pa
     assert seen == [(0.1, 0), (0.3, 0), (0.4, 1), (0.1, 1)], f"order and attempts are {seen}"
 
 
-def test_after_a_signal_nothing_is_handed_out():
-    plan = plan_of(TOY)
+def test_after_a_signal_nothing_is_handed_out(tmp_path):
+    plan = plan_of(tmp_path, TOY)
     searcher = ArmSearcher(studies_of(plan), Ledger(), make_trial, 0)
     searcher.stop = Stop()
     assert searcher.suggest("a")["run"]
