@@ -34,7 +34,7 @@ from fastbp.bench import interleaved
 from fastbp.flops import step_flops
 from fastbp.layer_inputs import features, groups_of, readable_layers
 from fastbp.methods.decorrelated import decorrelation_of
-from fastbp.nets import make_model
+from fastbp.models import make_model
 
 LIMITS = {
     "ResNets at 224 on a GPU, p = .01": 0.15,

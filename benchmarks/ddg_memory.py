@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fastbp import DDG
 from fastbp.delayed import DelayedModule
 from fastbp.methods.ddg import Cutter
-from fastbp.nets import make_model
+from fastbp.models import make_model
 from fastbp.split import measure, module_bytes
 
 

@@ -30,7 +30,7 @@ from ddg_memory import memory_rows
 from fastbp import DDG
 from fastbp.bench import interleaved
 from fastbp.methods.ddg import Cutter
-from fastbp.nets import make_model
+from fastbp.models import make_model
 from naps import NAPS, nap_rows
 
 NAP_LIMIT = 1.2

@@ -35,7 +35,8 @@ from fastbp import Backprop, Chain, HighwayBP
 from fastbp.alike import alike_blocks
 from fastbp.bench import interleaved
 from fastbp.method import Method
-from fastbp.nets import gpt_tiny, make_model, vit_tiny
+from fastbp.models import make_model
+from fastbp.nets import gpt_tiny, vit_tiny
 from fastbp.tapes import BlockPlan, Tapes
 
 ITERATIONS = (0, 1, 3, 5)

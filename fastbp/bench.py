@@ -16,7 +16,7 @@ import torch
 from fastbp.clock import Clock
 from fastbp.data import load_dataset
 from fastbp.method import Method
-from fastbp.nets import make_model
+from fastbp.models import make_model
 from fastbp.recipe import Recipe
 
 

@@ -25,7 +25,7 @@ from fastbp.installation import OPTIONAL, part, torchvision_mismatch
 from fastbp.knobs import set_knobs
 from fastbp.method import Method, method_class, nest
 from fastbp.methods import METHODS
-from fastbp.nets import make_model
+from fastbp.models import make_model
 from fastbp.recipe import Recipe
 from fastbp.record import EpochRecord, RecordWriter, RunRecord, to_line
 from fastbp.run import Run, RunConfig, Task

@@ -1,4 +1,4 @@
-"""Own small nets, each a `Chain` or a `Recurrent`, and `make_model`: any model by name as a pure function of the seed.
+"""Own small nets, each a `Chain` or a `Recurrent`; `fastbp.models.make_model` makes them by name.
 
 Every entry of `NETS` takes `(input_shape, classes, **args)`: `input_shape` is one example's shape without the
 batch, `(channels, height, width)` for images or `(tokens,)` for text; the output is logits,
@@ -7,18 +7,14 @@ batch, `(channels, height, width)` for images or `(tokens,)` for text; the outpu
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import nn
 
-from fastbp.chain import Add, AddNorm, Chain, Residual, ShortcutAdd
-from fastbp.knobs import nearest
+from fastbp.chain import Add, AddNorm, AddReLU, Chain, Residual, ShortcutAdd
 from fastbp.layers import (
     ChannelsToColumns,
     ColumnsToChannels,
@@ -42,44 +38,59 @@ def resnet_tiny(input_shape: tuple[int, ...], classes: int, *, blocks: int = 4, 
 
     Reference: He, Zhang, Ren, Sun, Identity Mappings in Deep Residual Networks (2016), arXiv:1603.05027.
     """
-    channels, _, _ = _image(input_shape, "resnet_tiny")
+    channels, _, _ = image_shape(input_shape, "resnet_tiny")
     _positive(classes=classes, blocks=blocks, width=width)
-    body = [Residual(_conv_branch(width, width, 1), Add()) for _ in range(blocks)]
-    return _he_normal(Chain(_conv3x3(channels, width), nn.ModuleList(body), _conv_head(width, classes)))
+    body = [Residual(_conv_branch(width, width), Add()) for _ in range(blocks)]
+    stem, head = _conv3x3(channels, width), nn.Sequential(*_norm_relu(width), *_pooled_logits(width, classes))
+    return _he_normal(Chain(stem, nn.ModuleList(body), head))
 
 
 def cifar_resnet(
-    input_shape: tuple[int, ...], classes: int, *, depth: int, width: int = 16, stream: str = "stages"
+    input_shape: tuple[int, ...],
+    classes: int,
+    *,
+    depth: int,
+    width: int = 16,
+    activation: str = "pre",
+    stream: str = "stages",
 ) -> Chain:
-    """The CIFAR ResNet, pre-activation: three stages of (depth - 2)/6 blocks, width times 1, 2 and 4.
+    """The CIFAR ResNet: three stages of (depth - 2)/6 blocks, width times 1, 2 and 4.
 
-    Shortcuts between stages are parameter-free (type A). Unlike the paper, the first block too has its
-    BN-ReLU inside the branch, so that all blocks are alike and, within a stage, every merge is a plain sum.
+    Shortcuts between stages are parameter-free (type A). Unlike the paper of the pre-activation net, the first block
+    too has its BN-ReLU inside the branch, so that all blocks are alike and, within a stage, every merge is a plain sum.
 
     Args:
         input_shape: `(channels, height, width)`; with stream `full`, multiples of 4.
         classes: number of logits.
         depth: 6 n + 2 layers.
         width: channels of the first stage.
-        stream: `stages`, each at its own resolution; or `full`: every block is a plain sum on a stream that keeps the
-            first stage's shape, which a branch reads and writes through `ColumnsToChannels` and back (Highway-BP,
-            arXiv:2501.17086); the first blocks of stages two and three have a few more weights then.
+        activation: `pre`: branches BN-ReLU-conv-BN-ReLU-conv and plain sums (2016); `post`: conv-BN-ReLU-conv-BN and a
+            ReLU after the sum (2015).
+        stream: `stages`, each at its own resolution; or `full`: all blocks are on a stream that keeps the first stage's
+            shape, which a branch reads and writes through `ColumnsToChannels` and back (Highway-BP, arXiv:2501.17086);
+            the first blocks of stages two and three have a few more weights then. Without a shortcut that changes the
+            shape every merge is a plain sum; with `post` it is one with a ReLU, which now acts at full resolution.
 
-    Reference: He, Zhang, Ren, Sun, Identity Mappings in Deep Residual Networks (2016), arXiv:1603.05027; the
-    CIFAR architecture and shortcut A from Deep Residual Learning (2015), arXiv:1512.03385, section 4.2.
+    Reference: He, Zhang, Ren, Sun, Identity Mappings in Deep Residual Networks (2016), arXiv:1603.05027; the CIFAR
+    architecture, shortcut A and `post` from Deep Residual Learning (2015), arXiv:1512.03385, section 4.2.
     """
-    channels, height, row = _image(input_shape, f"resnet{depth}")
+    name = f"resnet{depth}"
+    channels, height, row = image_shape(input_shape, name)
     _positive(classes=classes, width=width)
-    _check(stream in ("stages", "full"), f"resnet{depth}: stream = {stream!r}: must be stages or full")
+    _check(stream in ("stages", "full"), f"{name}: stream = {stream!r}: must be stages or full")
+    _check(activation in ("pre", "post"), f"{name}: activation = {activation!r}: must be pre or post")
+    fits = stream == "stages" or height % 4 == row % 4 == 0
+    _check(fits, f"{name}: stream = 'full' needs height and width in multiples of 4, got {height} x {row}")
+    post = activation == "post"
     stages = [width * 2**stage for stage in range(3) for _ in range((depth - 2) // 6)]
-    if stream == "stages":
-        body = [_block(before, out) for before, out in pairwise([width, *stages])]
-        return _he_normal(Chain(_conv3x3(channels, width), nn.ModuleList(body), _conv_head(4 * width, classes)))
-    fits = height % 4 == 0 and row % 4 == 0
-    _check(fits, f"resnet{depth}: stream = 'full' needs height and width in multiples of 4, got {height} x {row}")
-    body = [Residual(_at_resolution(_conv_branch(out, out, 1), out // width)) for out in stages]
-    head = nn.Sequential(ColumnsToChannels(4), *_conv_head(4 * width, classes))
-    return _he_normal(Chain(_conv3x3(channels, width), nn.ModuleList(body), head))
+    if stream == "full":
+        body = [_stream_block(out, out // width, post) for out in stages]
+    else:
+        body = [_stage_block(before, out, post) for before, out in pairwise([width, *stages])]
+    stem = nn.Sequential(_conv3x3(channels, width), *_norm_relu(width)) if post else _conv3x3(channels, width)
+    down = [ColumnsToChannels(4)] if stream == "full" else []
+    head = nn.Sequential(*down, *(() if post else _norm_relu(4 * width)), *_pooled_logits(4 * width, classes))
+    return _he_normal(Chain(stem, nn.ModuleList(body), head))
 
 
 def mlp(input_shape: tuple[int, ...], classes: int, *, depth: int = 4, width: int = 64) -> Chain:
@@ -129,7 +140,7 @@ def vit_tiny(
 
     Reference: Dosovitskiy et al., An Image is Worth 16x16 Words (2021), arXiv:2010.11929.
     """
-    channels, height, width = _image(input_shape, "vit_tiny")
+    channels, height, width = image_shape(input_shape, "vit_tiny")
     patch = patch if patch is not None else 2 if height < 16 else 4
     _positive(classes=classes, patch=patch, dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
     stem = PatchEmbedding(channels, height, width, patch, dim)
@@ -212,7 +223,7 @@ def recurrent(
         _check(step == 1, f"{cell}: step = {step} is for images, a token is a step")
         features, steps, stem = width, input_shape[0], nn.Embedding(classes, width)
     else:
-        channels, height, row = _image(input_shape, cell)
+        channels, height, row = image_shape(input_shape, cell)
         pixels = height * row
         _check(pixels % step == 0, f"{cell}: step = {step} does not divide the {height} x {row} pixels")
         features, steps, stem = channels * step, pixels // step, PixelSteps(step)
@@ -239,97 +250,38 @@ NETS: dict[str, Callable[..., Chain | Recurrent]] = {
 }
 
 
-def make_model(
-    name: str, input_shape: tuple[int, ...], classes: int, args: dict[str, Any] | None = None, seed: int = 0
-) -> nn.Module:
-    """A model by name, on the CPU, its initial weights a pure function of the seed.
-
-    The caller's random generators stay as they are.
-
-    Args:
-        name: a key of `NETS`, `timm:NAME`, `torchvision:NAME`, or `package.module:function` for a function of
-            the user's, called as `function(input_shape, classes, **args)`.
-        input_shape: one example's shape, `(channels, height, width)` or `(tokens,)`.
-        classes: number of logits, or vocabulary size.
-        args: further keyword arguments of the net.
-        seed: of torch's CPU generator while the model is built.
-
-    Raises:
-        ValueError: unknown name or argument, or an impossible value; the message has the nearest valid name.
-        ImportError: timm or torchvision is needed and not installed.
-        TypeError: the user's function returned something else than a module.
-    """
-    make = _maker(name, tuple(input_shape), classes, dict(args or {}))
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the caller's GPUs too
-        model = make()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model {name!r} returned a {type(model).__name__}, not an nn.Module")
-    return model
-
-
-def _maker(name: str, input_shape: tuple[int, ...], classes: int, args: dict[str, Any]) -> Callable[[], Any]:
-    library, colon, rest = name.partition(":")
-    if not colon:
-        if name not in NETS:
-            forms = "timm:NAME, torchvision:NAME or package.module:function"
-            raise ValueError(f"no model {name!r}{nearest(name, NETS)}; known: {', '.join(NETS)}, {forms}")
-        _check_args(name, NETS[name], args)
-        return partial(NETS[name], input_shape, classes, **args)
-    if library in ("timm", "torchvision"):
-        channels, _, _ = _image(input_shape, name)
-        try:
-            package = importlib.import_module("timm" if library == "timm" else "torchvision.models")
-        except ImportError as error:
-            raise ImportError(f"model {name!r} needs {library}: pip install fastbp[vision]") from error
-        known = package.list_models()
-        if rest.partition(".")[0] not in known:
-            raise ValueError(f"{library} has no model {rest!r}{nearest(rest, known)}")
-        if library == "timm":
-            return partial(package.create_model, rest, num_classes=classes, in_chans=channels, **args)
-        wrong = f"torchvision's models take 3 channels, the data has {channels}; use timm:{rest}"
-        _check(channels == 3, f"{name}: {wrong}")
-        return partial(package.get_model, rest, num_classes=classes, **args)
-    try:
-        function = getattr(importlib.import_module(library), rest)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model {name!r} cannot be imported: {error}") from error
-    return partial(function, input_shape, classes, **args)
-
-
-def _check_args(name: str, net: Callable[..., Any], args: dict[str, Any]) -> None:
-    fixed = net.keywords if isinstance(net, partial) else {}
-    parameters = inspect.signature(net).parameters.values()
-    valid = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in fixed]
-    for key in args:
-        hint = f"{nearest(key, valid)}; known: {', '.join(valid)}"
-        _check(key in valid, f"model {name} has no argument {key!r}{hint}")
-
-
 def _conv3x3(channels_in: int, channels_out: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
 
 
-def _conv_branch(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    first = [nn.BatchNorm2d(channels_in), nn.ReLU(), _conv3x3(channels_in, channels_out, stride)]
-    second = [nn.BatchNorm2d(channels_out), nn.ReLU(), _conv3x3(channels_out, channels_out)]
-    return nn.Sequential(*first, *second)
+def _norm_relu(channels: int) -> tuple[nn.Module, nn.Module]:
+    return nn.BatchNorm2d(channels), nn.ReLU()
 
 
-def _block(before: int, out: int) -> Residual:
-    if before == out:
-        return Residual(_conv_branch(out, out, 1), Add())
-    return Residual(_conv_branch(before, out, 2), ShortcutAdd(SubsamplePad(before, out), relu=False))
+def _conv_branch(channels_in: int, channels_out: int, stride: int = 1, *, post: bool = False) -> nn.Sequential:
+    first, second = _conv3x3(channels_in, channels_out, stride), _conv3x3(channels_out, channels_out)
+    if post:
+        return nn.Sequential(first, *_norm_relu(channels_out), second, nn.BatchNorm2d(channels_out))
+    return nn.Sequential(*_norm_relu(channels_in), first, *_norm_relu(channels_out), second)
 
 
-def _at_resolution(branch: nn.Sequential, factor: int) -> nn.Sequential:
-    """The branch at a resolution lower by this factor than that of the stream it is on."""
-    return branch if factor == 1 else nn.Sequential(ColumnsToChannels(factor), *branch, ChannelsToColumns(factor))
+def _stage_block(before: int, out: int, post: bool) -> Residual:
+    """A block that halves height and width where it has more channels than the one before."""
+    if before != out:
+        return Residual(_conv_branch(before, out, 2, post=post), ShortcutAdd(SubsamplePad(before, out), relu=post))
+    return Residual(_conv_branch(out, out, post=post), AddReLU() if post else Add())
 
 
-def _conv_head(channels: int, classes: int) -> nn.Sequential:
-    pool = [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(*pool, nn.Linear(channels, classes))
+def _stream_block(channels: int, factor: int, post: bool) -> Residual:
+    """A block that works at a resolution lower by this factor than that of the stream it is on."""
+    branch = _conv_branch(channels, channels, post=post)
+    if factor > 1:
+        branch = nn.Sequential(ColumnsToChannels(factor), *branch, ChannelsToColumns(factor))
+    return Residual(branch, AddReLU() if post else Add())
+
+
+def _pooled_logits(channels: int, classes: int) -> tuple[nn.Module, ...]:
+    return nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
 
 
 def _he_normal(chain: Chain) -> Chain:
@@ -357,7 +309,8 @@ def _transformer(
     return blocks
 
 
-def _image(input_shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
+def image_shape(input_shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
+    """The shape of one image, `(channels, height, width)`; a ValueError with this net's name where it is none."""
     wrong = f"input_shape must be (channels, height, width), got {tuple(input_shape)}"
     _check(len(input_shape) == 3, f"{name}: {wrong}")
     channels, height, width = input_shape

@@ -32,7 +32,7 @@ from fastbp.knobs import coerce_fields, nearest
 from fastbp.method import EpochPlan, GradientEstimator, Method, method_from_dict, parts, reseed, start_again
 from fastbp.methods import Backprop
 from fastbp.methods.ddg import in_place
-from fastbp.nets import make_model
+from fastbp.models import make_model
 from fastbp.recipe import Recipe
 from fastbp.record import EpochRecord, Phase, Role, RunRecord, Status, config_key, utc_now
 from fastbp.seeding import seeded
@@ -46,7 +46,7 @@ class Task:
 
     Attributes:
         data: see `fastbp.data.load_dataset`.
-        model: see `fastbp.nets.make_model`.
+        model: see `fastbp.models.make_model`.
         data_args, model_args: their keyword arguments.
     """
 

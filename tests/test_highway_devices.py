@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from fastbp import Chain, DecorrelatedBP, HighwayBP, LayerDropBack, Residual
 from fastbp.chain import Add, AddNorm, AddReLU, Replace, ShortcutAdd
-from fastbp.nets import gpt_tiny, make_model, mlp
+from fastbp.models import make_model
+from fastbp.nets import gpt_tiny, mlp
 from fastbp.recipe import Recipe
 from fastbp.run import Run, RunConfig, Task, check_bind
 from fastbp.testing import check_method, small_batch, small_net

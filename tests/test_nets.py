@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from fastbp import HighwayBP
 from fastbp.chain import Add, Chain, Residual, ShortcutAdd, has_residual_path
 from fastbp.layers import ChannelsToColumns, ColumnsToChannels, SelfAttention, SubsamplePad
-from fastbp.nets import NETS, make_model
+from fastbp.models import make_model
+from fastbp.nets import NETS
 from fastbp.recurrent import Recurrent
 from fastbp.views import as_chain
 
@@ -276,8 +277,42 @@ def test_a_full_stream_is_the_net_that_downsamples_in_its_skip():
         torch.testing.assert_close(p.grad, want)
 
 
+@pytest.mark.parametrize("stream", ["stages", "full"])
+def test_a_post_activation_resnet_is_the_papers(stream):
+    torch.manual_seed(0)
+    net = make_model("resnet20", (3, 8, 8), CLASSES, {"width": 4, "stream": stream, "activation": "post"}).double()
+    layers = iter([m for m in net.modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)])
+    x, y = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+
+    def normed(h):
+        h = next(layers)(h)
+        return next(layers)(h)
+
+    h = normed(x).relu()
+    for i in range(9):
+        s, full = 2 ** (i // 3), stream == "full"
+        z = normed(normed(ColumnsToChannels(s)(h) if full else h).relu())
+        if full:
+            z = ChannelsToColumns(s)(z)
+        elif z.shape != h.shape:
+            h = torch.cat([h[:, :, ::2, ::2], torch.zeros_like(h[:, :, ::2, ::2])], 1)
+        h = (h + z).relu()
+    h = ColumnsToChannels(4)(h) if stream == "full" else h
+    logits = next(layers)(h.mean((2, 3)))
+    assert next(layers, None) is None
+    torch.testing.assert_close(net(x), logits)
+    F.cross_entropy(logits, y).backward()
+    exact = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    HighwayBP(iterations=9).bind(net, F.cross_entropy).backward(x, y)
+    for p, want in zip(net.parameters(), exact, strict=True):
+        torch.testing.assert_close(p.grad, want)
+
+
 def test_a_full_stream_refuses_what_it_cannot_halve_twice():
     with pytest.raises(ValueError, match=r"^resnet20: stream = 'full' needs height and width in multiples of 4, got 6"):
         make_model("resnet20", (3, 6, 8), CLASSES, {"stream": "full"})
     with pytest.raises(ValueError, match=r"^resnet20: stream = 'half': must be stages or full$"):
         make_model("resnet20", (3, 8, 8), CLASSES, {"stream": "half"})
+    with pytest.raises(ValueError, match=r"^resnet20: activation = 'relu': must be pre or post$"):
+        make_model("resnet20", (3, 8, 8), CLASSES, {"activation": "relu"})

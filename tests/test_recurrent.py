@@ -15,7 +15,7 @@ from fastbp import DDG, Backprop, DecorrelatedBP, HighwayBP, LayerDropBack, Recu
 from fastbp.cell_rounds import LayerRounds
 from fastbp.flops import Counter, step_flops
 from fastbp.highway_recurrent import highway_layer
-from fastbp.nets import make_model
+from fastbp.models import make_model
 from fastbp.recurrent import PixelSteps
 from fastbp.run import Recipe, Run, RunConfig, Task
 from fastbp.testing import check_method, small_batch
@@ -490,7 +490,7 @@ import sys
 sys.modules["triton"] = None
 import torch
 from fastbp import HighwayBP
-from fastbp.nets import make_model
+from fastbp.models import make_model
 from fastbp.run import Recipe
 model = make_model("gru", (1, 4, 4), 3, {"width": 4})
 HighwayBP(iterations=2).bind(model, Recipe().make_loss()).backward(torch.randn(2, 1, 4, 4), torch.tensor([0, 1]))

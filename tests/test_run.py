@@ -23,7 +23,7 @@ from fastbp import (
 )
 from fastbp.data import load_dataset
 from fastbp.flops import Counter
-from fastbp.nets import make_model
+from fastbp.models import make_model
 from fastbp.record import (
     EpochRecord,
     RecordWriter,

@@ -10,7 +10,7 @@ from torch import nn
 
 from fastbp import DDG, Backprop
 from fastbp.flops import step_flops
-from fastbp.nets import make_model
+from fastbp.models import make_model
 from fastbp.split import TOLERANCE, BlockCost, best_cuts, even_cuts, measure, module_bytes, pieces, table, tied_cuts
 from fastbp.views import as_chain
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from fastbp import LayerDropBack
-from fastbp.nets import make_model
+from fastbp.models import make_model
 from sweep_files import TOY, ended, plan_of
 from sweeps import output_folder
 from sweeps.drive import run_sweep

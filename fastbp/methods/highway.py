@@ -25,7 +25,8 @@ Departs     Rounds run as a serial loop over blocks, so on one device every k >=
             The scan starts from K_{i+1}, which the paper's printed algorithm misindexes. The merge's Jacobian is
             applied as a VJP, whatever it is; of a post-LN block K is the diagonal of its norm, the rest counts as J.
             A block that downsamples keeps its shortcut as K; the paper's stream at full resolution, where K = I, is
-            `stream: full` among the model_args of resnet20 to resnet110, a net of its own: shortcuts average.
+            `stream: full` among the model_args of resnet20 to resnet110, a net of its own: shortcuts average. The
+            paper's ResNet-110 is `{stream: full, activation: post}`, where the ReLU after the sum is part of K.
             Growing iterations, gamma over epochs, tolerance and min_residual are not in the paper; all are off.
 Not for     Speed on one device, but over time, or where `batched` blocks are too small to fill it
             (benchmarks/highway_deep.py), ResNets never; LSTMs on a CPU; late training of transformers at small k, and
