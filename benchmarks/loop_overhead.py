@@ -18,7 +18,9 @@ from torch.nn import functional
 
 from benchmark import environment, judge, median_interval, write_json
 from fastbp.bench import interleaved
-from fastbp.run import Recipe, Run, RunConfig, Task
+from fastbp.config import RunConfig, Task
+from fastbp.recipe import Recipe
+from fastbp.run import Run
 
 LIMIT = 1.02
 

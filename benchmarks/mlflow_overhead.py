@@ -37,8 +37,9 @@ from typing import Any
 from rich.console import Console
 
 from benchmark import environment, judge, median_interval, write_json
+from fastbp.config import RunConfig, Task
+from fastbp.recipe import Recipe
 from fastbp.record import EpochRecord, RecordWriter, RunRecord, SweepRecord
-from fastbp.run import Recipe, RunConfig, Task
 from sweeps.cluster import prepare_environment, ray_session
 
 prepare_environment()

@@ -27,9 +27,10 @@ import numpy as np
 from rich.console import Console
 
 from benchmark import environment, judge, median_interval, write_json
+from fastbp.config import RunConfig
 from fastbp.data import Dataset
 from fastbp.record import EpochRecord, RunRecord
-from fastbp.run import Run, RunConfig
+from fastbp.run import Run
 from sweeps.cluster import prepare_environment, ray_session
 
 prepare_environment()

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from fastbp.bench import ratios, step_seconds
 from fastbp.cards import costs_note, costs_table, show_card
+from fastbp.config import RunConfig, Task
 from fastbp.costs import measure_costs, random_batch, shape_of
 from fastbp.installation import OPTIONAL, part, torchvision_mismatch
 from fastbp.knobs import set_knobs
@@ -28,7 +29,7 @@ from fastbp.methods import METHODS
 from fastbp.models import make_model
 from fastbp.recipe import Recipe
 from fastbp.record import EpochRecord, RecordWriter, RunRecord, to_line
-from fastbp.run import Run, RunConfig, Task
+from fastbp.run import Run
 from fastbp.stage_workers import StageError
 from fastbp.staged import StagedRun, open_run
 

@@ -112,6 +112,10 @@ class Recipe:
             return self.lr * (0.01 if done >= 0.75 else 0.1 if done >= 0.5 else 1.0)
         return self.lr
 
+    def batch_size_at(self, scale: float) -> int:
+        """Examples per step where a method's plan scales them; never one alone, for the sake of batch norm."""
+        return max(2, math.floor(self.batch_size * scale))
+
     def make_optimizer(self, parameters: Iterable[nn.Parameter] | list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over the parameters or groups of them, in torch's multi-tensor form.
 

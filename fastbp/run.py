@@ -11,12 +11,11 @@ that a command line, a scheduler or a test can stand outside:
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import gc
 import math
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -24,89 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from fastbp.clock import Clock
-from fastbp.data import Dataset, load_dataset
+from fastbp.config import RunConfig, load_task_data
+from fastbp.data import Dataset
 from fastbp.energy import energy_reader
 from fastbp.environment import device_fingerprint, git_state, software_fingerprint
-from fastbp.flops import step_flops
-from fastbp.knobs import coerce_fields, nearest
-from fastbp.method import EpochPlan, GradientEstimator, Method, method_from_dict, parts, reseed, start_again
-from fastbp.methods import Backprop
-from fastbp.methods.ddg import in_place
+from fastbp.method import EpochPlan, parts, reseed, start_again
 from fastbp.models import make_model
 from fastbp.recipe import Recipe
-from fastbp.record import EpochRecord, Phase, Role, RunRecord, Status, config_key, utc_now
-from fastbp.seeding import seeded
-
-_WARMUP_STEPS = 3  # per kind of epoch, on a copy
-
-
-@dataclass(frozen=True)
-class Task:
-    """What is learnt: a data set and a model, by name.
-
-    Attributes:
-        data: see `fastbp.data.load_dataset`.
-        model: see `fastbp.models.make_model`.
-        data_args, model_args: their keyword arguments.
-    """
-
-    data: str = "digits"
-    model: str = "resnet_tiny"
-    data_args: dict[str, Any] = field(default_factory=dict)
-    model_args: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        coerce_fields(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Task:
-        names = [f.name for f in fields(cls)]
-        for key in data:
-            if key not in names:
-                raise ValueError(f"Task has no field {key!r}{nearest(key, names)}")
-        return cls(**data)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """The whole configuration of a run; `key` identifies it wherever it is stored.
-
-    Attributes:
-        task, recipe, method, seed: what is trained. The seed gives initial weights, data order, augmentation, dropout.
-        sweep, phase, arm, role: which sweep it belongs to, and as what; see `fastbp.record.RunRecord`.
-        block: the randomised block it is timed in; not part of the key.
-    """
-
-    task: Task = field(default_factory=Task)
-    recipe: Recipe = field(default_factory=Recipe)
-    method: Method = Backprop()
-    seed: int = 0
-    sweep: str = ""
-    phase: Phase = "single"
-    arm: str = ""
-    role: Role = "method"
-    block: int | None = None
-
-    @property
-    def key(self) -> str:
-        """16 hex digits: the hash of everything but the block."""
-        return config_key({k: v for k, v in self.to_dict().items() if k != "block"})
-
-    def to_dict(self) -> dict[str, Any]:
-        out = {f.name: getattr(self, f.name) for f in fields(self)}
-        return out | {name: out[name].to_dict() for name in ("task", "recipe", "method")}
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> RunConfig:
-        parsed = {
-            "task": Task.from_dict(data["task"]),
-            "recipe": Recipe.from_dict(data["recipe"]),
-            "method": method_from_dict(data["method"]),
-        }
-        return cls(**(data | parsed))
+from fastbp.record import EpochRecord, RunRecord, Status, utc_now
+from fastbp.rehearsal import Rehearsal
+from fastbp.seeding import mixed, seeded
 
 
 class Run:
@@ -150,8 +76,6 @@ class Run:
         self.resumed = self.warm = False
         self.last = EpochRecord(run_key=config.key, attempt=attempt)
         self.best_val_accuracy: float | None = None
-        self.flops: dict[str, float | None] = {}  # per example, by kind of epoch
-        self.plans: list[EpochPlan] = []  # of every epoch as an estimator that has not trained makes them, once warm
         self.started_at, self._began = utc_now(), time.monotonic()
 
     def _setup(self, data: Dataset | None) -> None:
@@ -162,8 +86,7 @@ class Run:
         model = self._make_model()
         self.parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.loss_fn = recipe.make_loss()
-        self.pristine = copy.deepcopy(model)  # warm-up and counting happen on it
-        with seeded(self.device, _mixed(seed)):
+        with seeded(self.device, mixed(seed)):
             self.estimator = reseed(self.method, seed).bind(model, self.loss_fn)
         self._check_first_device()
         with recipe.precision_context(self.device):
@@ -171,6 +94,7 @@ class Run:
         self.devices = list(self.estimator.devices) or [self.device]
         if self.estimator.devices:
             self.clock.wait_for(self.devices)
+        self.rehearsal = Rehearsal(self.config, self.devices, self._make_model)
         self.energy = energy_reader(*self.devices)
         self.optimizer = recipe.make_optimizer(self.estimator.param_groups())
 
@@ -204,8 +128,8 @@ class Run:
         if not self.warm:
             self.warm_up()
         plan = self.estimator.start_epoch(self.epoch)
-        batch_size = _batch_size(self.recipe, plan.batch_scale)
-        if self.kind(plan) not in self.flops:
+        batch_size = self.recipe.batch_size_at(plan.batch_scale)
+        if self.rehearsal.kind(plan) not in self.rehearsal.flops:
             self._warm_up_unforeseen(plan)
         loss, lr = self._train(batch_size, plan.lr_scale)
         self.epoch += 1
@@ -219,7 +143,7 @@ class Run:
             lr=lr,
             train_loss=loss,
             peak_memory_bytes=self._peak_memory(),
-            flops_executed=self._add_flops(self.kind(plan)),
+            flops_executed=self._add_flops(self.rehearsal.kind(plan)),
             energy_joules=self.last.energy_joules,
             metrics={name: value for name, value in self.estimator.metrics().items() if math.isfinite(value)},
         )
@@ -246,7 +170,7 @@ class Run:
         order = self.data.batches(batch_size, seed=self.config.seed, epoch=self.epoch, augment=recipe.augment)
         joules = self.energy()
         with (
-            seeded(self.devices, _mixed(self.config.seed, self.epoch)),
+            seeded(self.devices, mixed(self.config.seed, self.epoch)),
             self.recipe.precision_context(self.device),
             self.clock.segment("train"),
         ):
@@ -266,32 +190,17 @@ class Run:
         return total.item() / len(self.data.train), first_lr
 
     def warm_up(self) -> None:
-        """Run every kind of step that the method's plans ask for on a copy of the model, and count its FLOPs.
-
-        Batches come through the same gather and augmentation as in training, in both sizes of an epoch. The run's own
-        weights, buffers and random numbers are not touched. `plans` are those of an estimator that has not trained.
-        """
-        with self.clock.segment("warmup"), seeded(self.devices, _mixed(self.config.seed)):
-            estimator, optimizer = self._bind_copy(self.pristine)
-            fresh = copy.deepcopy(estimator.state_dict())
-            self.plans = [estimator.start_epoch(epoch) for epoch in range(self.recipe.epochs)]
-            kinds = [self.kind(plan) for plan in self.plans]
-            for kind in dict.fromkeys(kinds):  # those counted before a resume too: the process is new
-                epoch = kinds.index(kind)
-                self._warm_up_kind(estimator, optimizer, epoch, self.plans[epoch], fresh)
-            estimator.finalize()
+        """Take a few steps of every kind to come on a copy of the model; see `fastbp.rehearsal`."""
+        with self.clock.segment("warmup"):
+            self.rehearsal.every_kind(self.data)
         self.warm = True
-        del self.pristine, estimator, optimizer
         gc.collect()  # hooks hold the copy in cycles, which would count as training memory
 
     def _warm_up_unforeseen(self, plan: EpochPlan) -> None:
         """The same for this epoch's plan, which what was trained so far has brought about."""
         self.optimizer.zero_grad(set_to_none=True)  # the copy needs the room, and the next step begins with this
-        with self.clock.segment("warmup"), seeded(self.devices, _mixed(self.config.seed)):
-            estimator, optimizer = self._bind_copy(self._make_model())
-            self._warm_up_kind(estimator, optimizer, self.epoch, plan, self.estimator.state_dict())
-            estimator.finalize()
-        del estimator, optimizer
+        with self.clock.segment("warmup"):
+            self.rehearsal.one_kind(self.data, self.epoch, plan, self.estimator.state_dict())
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -299,43 +208,9 @@ class Run:
     def rewind(self, epoch: int) -> None:
         """Be about to train this epoch as if none had been trained, to time it; the weights stay as they are."""
         self.epoch, self.status = epoch, "running"
-        if self.estimator.start_epoch(epoch) != self.plans[epoch]:
-            with seeded(self.devices, _mixed(self.config.seed)):
-                fresh, _ = self._bind_copy(self._make_model())
-            start_again(self.estimator, epoch, self.plans[epoch], fresh.state_dict())
-
-    def _bind_copy(self, model: nn.Module) -> tuple[GradientEstimator, torch.optim.Optimizer]:
-        estimator = reseed(self.method, self.config.seed).bind(model, self.loss_fn)
-        with self.recipe.precision_context(self.device):
-            estimator.prepare(*self.data.dummy_batch(self.recipe.batch_size))
-        return estimator, self.recipe.make_optimizer(estimator.param_groups())
-
-    def _warm_up_kind(
-        self,
-        estimator: GradientEstimator,
-        optimizer: torch.optim.Optimizer,
-        epoch: int,
-        plan: EpochPlan,
-        state: dict[str, Any],
-    ) -> None:
-        """Steps on the copy, in the epoch that had this plan in this state, and their FLOPs per example."""
-        batch_size = _batch_size(self.recipe, plan.batch_scale)
-        x, y = next(iter(self.data.batches(batch_size, seed=0, epoch=0, augment=self.recipe.augment)))
-        short = len(self.data.train) - (self.data.steps(batch_size) - 1) * batch_size
-        with self.recipe.precision_context(self.device):
-            again = start_again(estimator, epoch, plan, state)
-            for size in [*[len(y)] * (_WARMUP_STEPS + estimator.latency), min(short, len(y))]:
-                optimizer.zero_grad(set_to_none=True)
-                estimator.backward(x[:size], y[:size])
-                optimizer.step()
-            for _ in range(estimator.latency):  # no short batch is left in flight
-                estimator.backward(x, y)
-            flops = step_flops(estimator, x, y)
-        self.flops[self.kind(plan)] = flops / len(y) if again and flops is not None else None
-
-    def kind(self, plan: EpochPlan) -> str:
-        """Names the work of a step in an epoch of this plan."""
-        return f"{_batch_size(self.recipe, plan.batch_scale)} {plan.kind}".strip()
+        plan = self.rehearsal.plans[epoch]
+        if self.estimator.start_epoch(epoch) != plan:
+            start_again(self.estimator, epoch, plan, self.rehearsal.untrained_state(self.data))
 
     def _evaluate_into(self, record: EpochRecord) -> None:
         last = self.done
@@ -414,7 +289,7 @@ class Run:
             "status": self.status,
             "reason": self.reason,
             "best_val_accuracy": self.best_val_accuracy,
-            "flops": dict(self.flops),
+            "flops": dict(self.rehearsal.flops),
             "started_at": self.started_at,
             "last": dataclasses.asdict(self.last),
             "seconds": self.clock.totals(),
@@ -436,7 +311,7 @@ class Run:
             )
         for name in ("epoch", "examples", "steps", "status", "reason", "best_val_accuracy", "started_at"):
             setattr(self, name, state[name])
-        self.flops = dict(state["flops"])
+        self.rehearsal.flops = dict(state["flops"])
         self.last = EpochRecord(**(state["last"] | {"attempt": self.attempt}))
         self.clock.load(state["seconds"])
         self.estimator.model.load_state_dict(state["model"])
@@ -453,7 +328,7 @@ class Run:
         return max(sum(map(torch.cuda.max_memory_allocated, places)), self.last.peak_memory_bytes or 0)
 
     def _add_flops(self, kind: str) -> float | None:
-        per_example = self.flops.get(kind)
+        per_example = self.rehearsal.flops.get(kind)
         if per_example is None or (self.epoch > 1 and self.last.flops_executed is None):
             return None
         return (self.last.flops_executed or 0.0) + per_example * len(self.data.train)
@@ -484,37 +359,3 @@ def evaluate(model: nn.Module, data: Dataset, split: Any, recipe: Recipe) -> tup
         labels += y.numel()
     model.train(was_training)
     return loss.item() / labels, right.item() / labels
-
-
-def load_task_data(task: Task, recipe: Recipe, device: torch.device | str = "cpu") -> Dataset:
-    """The task's data set on a device, in the recipe's precision."""
-    return load_dataset(task.data, device=device, dtype=recipe.dtype, **task.data_args)
-
-
-def check_bind(config: RunConfig, data: Dataset | None = None) -> Method | None:
-    """Build the model on the CPU and bind the method, without training; returns its exact setting.
-
-    `data` is the task's data set where it is loaded already.
-
-    Raises:
-        TypeError, ValueError, ImportError, OSError: what a `Run` of this configuration would raise.
-    """
-    task = config.task
-    data = data or load_task_data(task, config.recipe)
-    model = make_model(task.model, data.input_shape, data.classes, task.model_args, config.seed)
-    exact = config.method.exact(model)
-    bound: GradientEstimator = in_place(config.method).bind(model, config.recipe.make_loss())
-    bound.start_epoch(0)
-    return exact
-
-
-def _batch_size(recipe: Recipe, scale: float) -> int:
-    return max(2, math.floor(recipe.batch_size * scale))
-
-
-def _mixed(*seed: int) -> int:
-    """One seed from several numbers."""
-    out = 0
-    for value in seed:
-        out = (out * 1_000_003 + value + 1) % 2**63
-    return out

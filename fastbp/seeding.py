@@ -25,3 +25,11 @@ def seeded(device: torch.device | Sequence[torch.device], seed: int) -> Iterator
             index = torch.cuda.current_device() if place.index is None else place.index
             torch.cuda.default_generators[index].manual_seed(seed + 1_000_003 * n)
         yield
+
+
+def mixed(*seed: int) -> int:
+    """One seed from several numbers."""
+    out = 0
+    for value in seed:
+        out = (out * 1_000_003 + value + 1) % 2**63
+    return out

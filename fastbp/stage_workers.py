@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from fastbp.config import RunConfig, load_task_data
 from fastbp.record import EpochRecord, RunRecord
-from fastbp.run import Run, RunConfig, load_task_data
+from fastbp.run import Run
 
 TIMEOUT_SECONDS = 300.0  # how long a rank waits for a neighbour's tensor before it gives up
 ANSWER_SECONDS = 86_400.0  # how long a stage may take to start or to train an epoch: one that hangs ends the run

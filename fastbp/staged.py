@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import torch
 
 from fastbp.clock import Clock
+from fastbp.config import RunConfig
 from fastbp.method import Method, parts
 from fastbp.methods.ddg import DDG
 from fastbp.record import EpochRecord, RunRecord, Seconds
-from fastbp.run import Run, RunConfig
+from fastbp.run import Run
 from fastbp.stage_workers import LocalWorkers, StageError, loaded_bytes, saved_bytes
 
 

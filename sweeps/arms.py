@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from fastbp.config import RunConfig, Task, check_bind, load_task_data
 from fastbp.data import Dataset
 from fastbp.knobs import Choice, Domain, IntRange, LogUniform, Uniform, domains, nearest, set_knobs
 from fastbp.method import Method, method_class
 from fastbp.methods import Backprop
-from fastbp.run import Recipe, RunConfig, Task, check_bind, load_task_data
+from fastbp.recipe import Recipe
 from sweeps.source import Key, Source
 from sweeps.spec import Sweep
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastbp.config import RunConfig
 from fastbp.method import Method
 from fastbp.record import RecordWriter, RunRecord, SweepRecord, read_records, utc_now
-from fastbp.run import RunConfig
 from fastbp.staged import stages
 from sweeps.experiments import Experiments, OnEnd
 from sweeps.ledger import Ledger

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from fastbp.config import RunConfig, load_task_data
 from fastbp.data import Dataset
 from fastbp.environment import device_fingerprint
 from fastbp.knobs import Choice, Domain, IntRange, LogUniform
-from fastbp.run import RunConfig, load_task_data
 from sweeps.arms import Arm, Values
 from sweeps.pilot import Pilot, pilot
 from sweeps.plan import Plan

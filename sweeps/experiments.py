@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fastbp.config import RunConfig
 from fastbp.environment import git_state
 from fastbp.record import RecordWriter, RunRecord
-from fastbp.run import RunConfig
 from sweeps.ledger import Ledger
 from sweeps.progress import Progress
 from sweeps.saved_states import saved_states

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastbp.config import RunConfig
 from fastbp.record import Record, RunRecord, SweepRecord
-from fastbp.run import RunConfig
 from sweeps.choose import chosen_trials
 
 DONE = (

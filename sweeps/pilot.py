@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from fastbp.config import RunConfig
 from fastbp.data import Dataset
-from fastbp.run import Recipe, Run, RunConfig
+from fastbp.recipe import Recipe
+from fastbp.run import Run
 from fastbp.staged import StagedRun, open_run, stages
 
 _ROUNDS = 3  # timed passes over the steps of a kind; the median counts
@@ -212,8 +214,10 @@ def _begin(run: Run) -> _Begun:
     setup = (run.clock.seconds.setup_seconds or 0.0) + (run.clock.seconds.warmup_seconds or 0.0)
     data = run.data
     sizes = len(data.train), len(data.val), len(data.test)
-    order = [run.kind(plan) for plan in run.plans]
-    return _Begun(setup, order, run.flops, run.estimator.period, *sizes, run.device.type, torch.get_num_threads())
+    order = run.rehearsal.kinds
+    return _Begun(
+        setup, order, run.rehearsal.flops, run.estimator.period, *sizes, run.device.type, torch.get_num_threads()
+    )
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 from ray import tune
 
+from fastbp.config import RunConfig
 from fastbp.record import RunRecord
-from fastbp.run import RunConfig
 from fastbp.staged import stages
 from sweeps.ledger import DONE, Ledger
 from sweeps.source import SweepStopped

@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fastbp.config import RunConfig, check_bind
 from fastbp.knobs import nearest
 from fastbp.record import RunRecord
-from fastbp.run import RunConfig, check_bind
 from sweeps.ablate import Ablation, Cell, expand, faults
 from sweeps.arms import Arm, Loaded, Values, build_arms, check_arms, corners, refusal
 from sweeps.ledger import Ledger

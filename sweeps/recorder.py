@@ -10,8 +10,8 @@ from typing import Any
 
 from ray.tune import Callback
 
+from fastbp.config import RunConfig
 from fastbp.record import EpochRecord, RecordWriter, RunRecord, Seconds, utc_now
-from fastbp.run import RunConfig
 from sweeps.ledger import Ledger
 from sweeps.progress import Progress
 from sweeps.stopping import Stop

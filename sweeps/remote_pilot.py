@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from fastbp.run import RunConfig
+from fastbp.config import RunConfig
 from sweeps.pilot import Pilot, pilot
 from trainables.method_trainable import device_for
 

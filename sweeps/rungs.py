@@ -20,9 +20,9 @@ from typing import Any
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from fastbp.config import RunConfig
 from fastbp.knobs import Choice, IntRange
 from fastbp.record import EpochRecord, Record, RunRecord
-from fastbp.run import RunConfig
 from sweeps.arms import Arm
 from sweeps.pilot import EpochCost, Pilot
 from sweeps.spec import RungsPart

@@ -8,7 +8,7 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from fastbp.run import RunConfig
+from fastbp.config import RunConfig
 from sweeps.ledger import Ledger, config_of
 from sweeps.stopping import Stop
 from sweeps.studies import ArmStudy, measured_of

@@ -19,8 +19,8 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from fastbp.config import RunConfig
 from fastbp.record import RunRecord, utc_now
-from fastbp.run import RunConfig
 from sweeps.arms import Arm, Values
 from sweeps.ledger import DONE
 from sweeps.samplers import (

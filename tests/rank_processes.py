@@ -11,7 +11,8 @@ import torch
 def results_of_ranks(script: str, count: int, folder: Path) -> list:
     """What every rank of a script beside this file saved as `rankN.pt`, called with its rank and the folder."""
     path = Path(__file__).with_name(script)
-    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(path.parent)}
+    places = f"{path.parent}{os.pathsep}{path.parents[1]}"  # fastbp need not be installed
+    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": places}
     processes = [
         subprocess.Popen([sys.executable, str(path), str(rank), str(folder)], env=env, stderr=subprocess.PIPE)
         for rank in range(count)

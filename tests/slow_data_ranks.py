@@ -7,8 +7,9 @@ from unittest import mock
 
 import torch
 
-from fastbp import DDG, run
-from fastbp.run import Recipe, RunConfig, Task
+from fastbp import DDG, config
+from fastbp.config import RunConfig, Task
+from fastbp.recipe import Recipe
 from fastbp.stage_workers import StageWorker
 
 PATIENCE, LOADING = 5.0, 7.0  # seconds
@@ -16,16 +17,16 @@ TASK = Task(model="mlp", model_args={"depth": 2, "width": 8}, data_args={"limit"
 
 
 def main(rank, folder):
-    load = run.load_dataset
+    load = config.load_dataset
 
     def slowly(*args, **settings):
         time.sleep(LOADING * rank)
         return load(*args, **settings)
 
-    config = RunConfig(TASK, Recipe(epochs=1), DDG(modules=2, cuts=(1,), processes=True)).to_dict()
+    chosen = RunConfig(TASK, Recipe(epochs=1), DDG(modules=2, cuts=(1,), processes=True)).to_dict()
     options = {"device": "cpu", "threads": 1}
-    with mock.patch.object(run, "load_dataset", slowly):
-        worker = StageWorker(rank, 2, f"file://{folder / 'group'}", config, options, PATIENCE)
+    with mock.patch.object(config, "load_dataset", slowly):
+        worker = StageWorker(rank, 2, f"file://{folder / 'group'}", chosen, options, PATIENCE)
     record, done = worker.train_epoch()
     torch.save((record.setup_seconds, done), folder / f"rank{rank}.pt")
     worker.close()

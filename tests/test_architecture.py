@@ -67,7 +67,9 @@ warnings.filterwarnings("ignore", message=".*[Nn]um[Pp]y.*")
 import torch
 torch.set_num_threads(1)
 from fastbp import METHODS
-from fastbp.run import Recipe, Run, RunConfig, Task
+from fastbp.config import RunConfig, Task
+from fastbp.recipe import Recipe
+from fastbp.run import Run
 from fastbp.testing import check_method
 for method in METHODS.values():
     check_method(method())

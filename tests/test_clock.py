@@ -8,7 +8,9 @@ import torch
 
 from fastbp import DDG
 from fastbp.clock import Clock
-from fastbp.run import Recipe, Run, RunConfig, Task, evaluate
+from fastbp.config import RunConfig, Task
+from fastbp.recipe import Recipe
+from fastbp.run import Run, evaluate
 from timed_methods import Sleeps
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from fastbp import DDG, DecorrelatedBP, LayerDropBack, nest
-from fastbp.run import Recipe, Run, RunConfig, Task
+from fastbp.config import RunConfig, Task
+from fastbp.recipe import Recipe
+from fastbp.run import Run
 from fastbp.split import BlockCost, pieces
 from fastbp.views import as_chain
 from test_ddg import MODES

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from fastbp import DDG, Backprop, HighwayBP, LayerDropBack
-from fastbp.run import Recipe, Run, RunConfig, Task
+from fastbp.config import RunConfig, Task
+from fastbp.recipe import Recipe
+from fastbp.run import Run
 from reference import ddg as twin
 from test_ddg import (
     MODES,

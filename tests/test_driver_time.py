@@ -6,8 +6,9 @@ import time
 import pytest
 from ray import tune
 
+from fastbp.config import RunConfig, Task
+from fastbp.recipe import Recipe
 from fastbp.record import RunRecord
-from fastbp.run import Recipe, RunConfig, Task
 from sweeps.cluster import ray_session
 from trainables.method_trainable import MethodTrainable
 

@@ -13,10 +13,11 @@ from torch.nn.functional import cross_entropy
 
 from fastbp import Chain, DecorrelatedBP, HighwayBP, LayerDropBack, Residual
 from fastbp.chain import Add, AddNorm, AddReLU, Replace, ShortcutAdd
+from fastbp.config import RunConfig, Task, check_bind
 from fastbp.models import make_model
 from fastbp.nets import gpt_tiny, mlp
 from fastbp.recipe import Recipe
-from fastbp.run import Run, RunConfig, Task, check_bind
+from fastbp.run import Run
 from fastbp.testing import check_method, small_batch, small_net
 from test_chain import torchvision_vit
 from test_exact import timm_resnet, wide_batch

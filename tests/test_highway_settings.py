@@ -11,10 +11,11 @@ from torch.nn.functional import cross_entropy
 
 from fastbp import Backprop, Chain, DecorrelatedBP, HighwayBP, LayerDropBack, Residual
 from fastbp.chain import Add, AddNorm
+from fastbp.config import RunConfig, Task
 from fastbp.costs import measure_costs
 from fastbp.nets import gpt_tiny
 from fastbp.recipe import Recipe
-from fastbp.run import Run, RunConfig, Task
+from fastbp.run import Run
 from fastbp.testing import check_method, small_batch, small_net
 from reference import highway as twin
 from test_highway import T3_X, assert_printed, gradients, half_square, net_and_batch, scalar_chain, t3_chain
@@ -329,7 +330,7 @@ def test_a_run_warms_up_and_counts_every_number_of_rounds():
     while not run.done:
         record = run.train_epoch()
         counts.append(record.flops_executed - sum(counts))
-    assert [run.kind(plan) for plan in run.plans] == ["16 k=1", "16 k=2", "16 k=3", "16 exact"]
+    assert run.rehearsal.kinds == ["16 k=1", "16 k=2", "16 k=3", "16 exact"]
     assert counts[0] < counts[1] < counts[2], counts
     assert counts[3] < counts[0], "an exact epoch is plain backprop"
     assert record.metrics == {"highway/iterations": 3.0}
@@ -341,10 +342,10 @@ def test_rounds_that_a_tolerance_saves_are_not_counted():
     run = Run(config)
     flops = [run.train_epoch().flops_executed for _ in range(3)]
     rounds = {k: Run(replace(config, method=HighwayBP(iterations=k))).train_epoch().flops_executed for k in (1, 3)}
-    assert [run.kind(plan) for plan in run.plans] == ["16 k=3"] * 3, "nothing is known before training"
+    assert run.rehearsal.kinds == ["16 k=3"] * 3, "nothing is known before training"
     assert flops == [rounds[3], rounds[3] + rounds[1], rounds[3] + 2 * rounds[1]], (flops, rounds)
     run.rewind(1)
-    assert run.kind(run.estimator.start_epoch(1)) == "16 k=3", "timed as planned"
+    assert run.rehearsal.kind(run.estimator.start_epoch(1)) == "16 k=3", "timed as planned"
     ((_, cost),) = measure_costs({"adaptive": config.method}, small_net, cross_entropy, *small_batch(0, 8))
     assert set(cost.step_flops) == {"k=3"}
 

@@ -9,8 +9,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fastbp import HighwayBP, LayerDropBack
+from fastbp.config import RunConfig, Task
 from fastbp.masks import dropped_mask, pool_masks, pool_pattern, prefix_mask, prefix_top
-from fastbp.run import Recipe, Run, RunConfig, Task, set_lr
+from fastbp.recipe import Recipe
+from fastbp.run import Run, set_lr
 from fastbp.units import droppable_units
 from test_layerdropback import OPTIMIZERS, batches, conv_net, cross_entropy, dropping
 

@@ -13,11 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastbp import DDG, Backprop, DecorrelatedBP, HighwayBP, LayerDropBack, Recurrent, as_chain, cell_rounds
 from fastbp.cell_rounds import LayerRounds
+from fastbp.config import RunConfig, Task
 from fastbp.flops import Counter, step_flops
 from fastbp.highway_recurrent import highway_layer
 from fastbp.models import make_model
+from fastbp.recipe import Recipe
 from fastbp.recurrent import PixelSteps
-from fastbp.run import Recipe, Run, RunConfig, Task
+from fastbp.run import Run
 from fastbp.testing import check_method, small_batch
 from reference import recurrent as twin
 
@@ -491,7 +493,7 @@ sys.modules["triton"] = None
 import torch
 from fastbp import HighwayBP
 from fastbp.models import make_model
-from fastbp.run import Recipe
+from fastbp.recipe import Recipe
 model = make_model("gru", (1, 4, 4), 3, {"width": 4})
 HighwayBP(iterations=2).bind(model, Recipe().make_loss()).backward(torch.randn(2, 1, 4, 4), torch.tensor([0, 1]))
 assert model.layers[0].weight_hh_l0.grad.any()

@@ -21,9 +21,11 @@ from fastbp import (
     WrappingEstimator,
     nest,
 )
+from fastbp.config import RunConfig, Task, check_bind
 from fastbp.data import load_dataset
 from fastbp.flops import Counter
 from fastbp.models import make_model
+from fastbp.recipe import Recipe
 from fastbp.record import (
     EpochRecord,
     RecordWriter,
@@ -35,7 +37,7 @@ from fastbp.record import (
     read_records,
     to_line,
 )
-from fastbp.run import Recipe, Run, RunConfig, Task, check_bind
+from fastbp.run import Run
 
 TASK = Task("synthetic", "resnet_tiny", data_args={"n": 120}, model_args={"width": 4})
 RECIPE = Recipe(epochs=5, batch_size=16, lr=0.02, warmup_epochs=0.5, augment="flip_crop")

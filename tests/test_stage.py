@@ -12,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from fastbp import DDG
+from fastbp.config import RunConfig, Task
+from fastbp.recipe import Recipe
 from fastbp.record import EpochRecord, RunRecord
-from fastbp.run import Recipe, Run, RunConfig, Task
+from fastbp.run import Run
 from fastbp.stage import Link
 from fastbp.stage_workers import LocalWorkers, StageError, StageWorker
 from fastbp.staged import StagedRun, merged, open_run, stages

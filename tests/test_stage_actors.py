@@ -8,8 +8,8 @@ import time
 import pytest
 
 from fastbp import DDG
+from fastbp.config import RunConfig
 from fastbp.record import EpochRecord, RunRecord
-from fastbp.run import RunConfig
 from fastbp.stage_workers import StageError
 from faults import Victim, under_way
 from trainables.stage_actors import RayWorkers, StageActor, stage_resources

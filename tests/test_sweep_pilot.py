@@ -9,7 +9,9 @@ import torch
 
 from broken_methods import Nan
 from fastbp import DDG, Backprop, EpochPlan, HighwayBP, LayerDropBack, Method, WrappingEstimator
-from fastbp.run import Recipe, Run, RunConfig, Task
+from fastbp.config import RunConfig, Task
+from fastbp.recipe import Recipe
+from fastbp.run import Run
 from sweeps.pilot import EpochCost, Pilot, pilot
 
 TASK = Task(model="mlp", model_args={"depth": 2, "width": 8}, data_args={"limit": 256})

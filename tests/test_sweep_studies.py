@@ -119,7 +119,7 @@ def test_a_search_continues_where_it_stopped_and_repeats_nothing(tmp_path, sampl
     plan = plan_of(tmp_path)
     first = drive(ArmSearcher(studies_of(plan, sampler, 4), Ledger(), make_trial, 0), finished, stop_after=3)
     ledger = Ledger()
-    from fastbp.run import RunConfig
+    from fastbp.config import RunConfig
 
     for config in first:
         ledger.add(ended(RunConfig.from_dict(config["run"]), val=config["run"]["recipe"]["lr"]))
@@ -135,7 +135,7 @@ def test_a_search_continues_where_it_stopped_and_repeats_nothing(tmp_path, sampl
 @pytest.mark.parametrize("status", ["running", "failed"])
 def test_interrupted_and_failed_trials_run_again_with_the_same_setting(tmp_path, sampler, status):
     plan = plan_of(tmp_path)
-    from fastbp.run import RunConfig
+    from fastbp.config import RunConfig
 
     first = drive(ArmSearcher(studies_of(plan, sampler), Ledger(), make_trial, 0), finished, stop_after=2)
     ledger = Ledger.of(ended(RunConfig.from_dict(c["run"]), status=status, val=None) for c in first)
@@ -152,7 +152,7 @@ def test_a_setting_that_is_proposed_twice_is_trained_once(tmp_path):
     searcher = ArmSearcher(studies, ledger, make_trial, retries=0)
 
     def remember(config):
-        from fastbp.run import RunConfig
+        from fastbp.config import RunConfig
 
         ledger.add(ended(RunConfig.from_dict(config["run"]), val=0.5))
         return finished(config)
@@ -221,7 +221,7 @@ def test_after_a_signal_nothing_is_handed_out(tmp_path):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_fields_of_inner_methods_are_searched_with_equal_budgets_and_found_again(tmp_path, sampler, objectives):
     plan, ledger, log = plan_of(tmp_path, COMBINED), Ledger(), []
-    from fastbp.run import RunConfig
+    from fastbp.config import RunConfig
 
     def studies():
         return [ArmStudy(arm, sampler, 6, 0, plan.search_run, objectives, log.append) for arm in plan.arms]
@@ -265,7 +265,7 @@ def test_with_two_objectives_a_cheap_trial_that_was_stopped_is_no_result(tmp_pat
 def test_nsga2_lowers_flops_too_and_goes_on_with_its_generation(tmp_path):
     """FLOPs fall with the drop rate and nothing else matters: later trials drop more; also after a restart."""
     plan = plan_of(tmp_path)
-    from fastbp.run import RunConfig
+    from fastbp.config import RunConfig
 
     def rates(stop, ledger):
         def result(config):

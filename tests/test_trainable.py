@@ -15,8 +15,9 @@ from ray.tune.utils.util import validate_save_restore
 
 from broken_methods import Nan
 from fastbp import DDG, Backprop, LayerDropBack
+from fastbp.config import RunConfig, Task
+from fastbp.recipe import Recipe
 from fastbp.record import EpochRecord, RunRecord
-from fastbp.run import Recipe, RunConfig, Task
 from sweeps.cluster import ray_session
 from trainables.method_trainable import MethodTrainable
 from trainables.stage_actors import RayWorkers

@@ -17,8 +17,9 @@ import torch
 from ray import tune
 from ray.util import get_current_placement_group
 
+from fastbp.config import RunConfig
 from fastbp.record import RunRecord
-from fastbp.run import Run, RunConfig
+from fastbp.run import Run
 from fastbp.staged import StagedRun, stages
 from trainables.free_device import OtherPrograms, check_alone, unwatched, wait_until_free
 from trainables.given_device import device_for

@@ -23,7 +23,7 @@ from ray.tune import PlacementGroupFactory
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from fastbp.run import RunConfig
+from fastbp.config import RunConfig
 from fastbp.stage_workers import ANSWER_SECONDS, TIMEOUT_SECONDS, StageError, StageWorker, seconds_for
 from fastbp.staged import stages
 from trainables.given_device import device_for
