@@ -8,8 +8,8 @@ business, so that every executor computes the same numbers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,24 +20,6 @@ from torch.func import functional_call
 
 from fastbp.chain import Residual
 from fastbp.seeding import seeded
-
-_measuring = False
-
-
-@contextmanager
-def measurement() -> Iterator[None]:
-    """Forward passes in this block only measure: hooks that learn from them ask `measuring` and leave them out."""
-    global _measuring
-    before, _measuring = _measuring, True
-    try:
-        yield
-    finally:
-        _measuring = before
-
-
-def measuring() -> bool:
-    """Whether a `measurement` is under way."""
-    return _measuring
 
 
 @dataclass

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from fastbp.measurement import beside_backprop
 from fastbp.method import EpochPlan, GradientEstimator, LossFn
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ class Schedule:
         self._step += 1
         return self.iterations, measure
 
+    def compares(self) -> bool:
+        """Whether the next step's gradient is compared with backprop's."""
+        every = self.method.cosine_every
+        return bool(every) and self._step % every == 0
+
     def saw(self, ratios: Tensor | None) -> None:
         """Of every round, the norm of its increment over the norm of the sum so far; stays on the device."""
         self._seen = ratios
@@ -91,6 +97,7 @@ class ScheduledEstimator(GradientEstimator):
         self.model = model
         self.loss_fn = loss_fn
         self.schedule = Schedule(method, blocks)
+        self.agreement: Tensor | None = None  # the last cosine and relative error of this epoch
 
     @abstractmethod
     def estimate(self, x: Tensor, y: Tensor, iterations: int, measure: bool) -> tuple[Tensor, Tensor | None]:
@@ -101,6 +108,7 @@ class ScheduledEstimator(GradientEstimator):
         return self.model(x)
 
     def start_epoch(self, epoch: int) -> EpochPlan:
+        self.agreement = None
         return self.schedule.start_epoch(epoch)
 
     def backward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -108,6 +116,13 @@ class ScheduledEstimator(GradientEstimator):
             loss = self.loss_fn(self.forward(x), y)
             loss.backward()
             return loss.detach()
+        if not self.schedule.compares():
+            return self._step(x, y)
+        places, loss = self.devices or [x.device], lambda: self.loss_fn(self.forward(x), y)
+        out, self.agreement = beside_backprop(self.model, places, lambda: self._step(x, y), loss)
+        return out
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
         iterations, measure = self.schedule.rounds()
         loss, ratios = self.estimate(x, y, iterations, measure)
         if measure:
@@ -115,7 +130,10 @@ class ScheduledEstimator(GradientEstimator):
         return loss.detach()
 
     def metrics(self) -> dict[str, float]:
-        return self.schedule.metrics()
+        found = self.schedule.metrics()
+        if self.agreement is not None:
+            found["highway/cosine"], found["highway/relative_error"] = self.agreement.tolist()
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         return self.schedule.state_dict()

@@ -37,9 +37,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from fastbp.delayed import DelayedModule, InFlight, measurement
+from fastbp.delayed import DelayedModule, InFlight
 from fastbp.knobs import Choice, IntRange, Uniform, nearest, require
 from fastbp.links import Carried, Carrier
+from fastbp.measurement import measurement
 from fastbp.method import EpochPlan, GradientEstimator, LossFn, Method, nest, parts
 from fastbp.placed import device_named, gathered
 from fastbp.split import SPLITS, BlockCost, best_cuts, even_cuts, measure, module_bytes, pieces, table, tied_cuts

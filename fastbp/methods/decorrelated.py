@@ -47,9 +47,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from fastbp.delayed import measuring
 from fastbp.knobs import Choice, LogUniform, require
 from fastbp.layer_inputs import Layer, channel_rows, groups_of, input_rows, readable_layers
+from fastbp.measurement import measuring
 from fastbp.method import GradientEstimator, LossFn, Method, WrappingEstimator, parts
 from fastbp.methods.backprop import Backprop
 from fastbp.methods.ddg import DDG
