@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from torch.nn.functional import cross_entropy
 
-from fastbp import DDG, Method, nest
+from fastbp import DDG, HighwayBP, Method, nest
 from fastbp.method import method_class
 from fastbp.testing import _Suite, sgd, small_batch, small_net
 
@@ -78,6 +79,35 @@ def test_a_nest_of_three_works_where_each_two_of_it_do():
         expected = TABLE[a, b] and TABLE[b, c] and TABLE[a, c]
         why = refusal(nest([a, b, c]))
         assert (why is None) == expected, f"{nest([a, b, c])}: {why or 'bound'}"
+
+
+@pytest.mark.parametrize(
+    "method", [HighwayBP(iterations=1), HighwayBP(combination="min_residual"), *SUPPORTED], ids=str
+)
+def test_a_gradient_scaler_scales_in_the_loss(method):
+    """A power of two changes no digit: the weights are those without a scaler."""
+    ours, plain = small_net(), small_net()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    torch.manual_seed(0)  # of which rows a whitening matrix learns from
+    scaled = method.bind(ours, lambda out, y: scaler.scale(cross_entropy(out, y)))
+    torch.manual_seed(0)
+    unscaled = method.bind(plain, cross_entropy)
+    optimizers = [torch.optim.SGD(estimator.model.parameters(), lr=0.1) for estimator in (scaled, unscaled)]
+    for epoch in range(3):
+        for estimator in (scaled, unscaled):
+            estimator.start_epoch(epoch)
+        for step in range(3):
+            x, y = small_batch(3 * epoch + step, 8)
+            for estimator, optimizer in zip((scaled, unscaled), optimizers, strict=True):
+                optimizer.zero_grad()
+                torch.manual_seed(step)
+                estimator.backward(x, y)
+            if any(p.grad is not None for p in ours.parameters()):
+                scaler.step(optimizers[0])
+                scaler.update()
+            optimizers[1].step()
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("method", SUPPORTED, ids=str)
