@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastbp.chain import Add, Residual
 from fastbp.layers import SelfAttention
@@ -93,6 +94,12 @@ def _mlp(modules: Sequence[Any]) -> Step:
     return _in_a_row([[getattr(m, name) for m in modules] for name in ("fc1", "act", "drop1", "norm", "fc2", "drop2")])
 
 
+def _feed_forward(modules: Sequence[Any]) -> Step:
+    """Of a layer of nn.TransformerEncoder."""
+    names = ("linear1", "activation", "dropout", "linear2", "dropout2")
+    return _in_a_row([[getattr(m, name) for m in modules] for name in names])
+
+
 def _as_it_is(modules: Sequence[Any]) -> Step:
     return modules[0]
 
@@ -101,12 +108,13 @@ def _nothing(modules: Sequence[Any]) -> Step:
     return lambda x: x
 
 
-def _linear(modules: Sequence[Any]) -> Step:
-    biased = modules[0].bias is not None
+def _linear(modules: Sequence[Any], prefix: str = "") -> Step:
+    weights, biases = f"{prefix}weight", f"{prefix}bias"
+    biased = getattr(modules[0], biases) is not None
 
     def run(x: Tensor) -> Tensor:
-        rows, weight = x.flatten(1, -2), _stacked(modules, "weight").mT
-        out = torch.baddbmm(_stacked(modules, "bias")[:, None], rows, weight) if biased else torch.bmm(rows, weight)
+        rows, weight = x.flatten(1, -2), _stacked(modules, weights).mT
+        out = torch.baddbmm(_stacked(modules, biases)[:, None], rows, weight) if biased else torch.bmm(rows, weight)
         return out.unflatten(1, x.shape[1:-1])
 
     return run
@@ -133,9 +141,9 @@ def _per_block(values: Tensor, x: Tensor) -> Tensor:
     return values.view(len(values), *[1] * (x.dim() - values.dim()), *values.shape[1:])
 
 
-def _attention(modules: Sequence[Any], out: str, causal: bool, heads: int) -> Step:
+def _attention(modules: Sequence[Any], qkv: Step, out: str, causal: bool, heads: int) -> Step:
     """The layers' axis is folded into the batch: attention itself has no weights."""
-    qkv, project = _together([m.qkv for m in modules]), _together([getattr(m, out) for m in modules])
+    project = _together([getattr(m, out) for m in modules])
     q_norm, k_norm, norm = ([getattr(m, name, nn.Identity()) for m in modules] for name in ("q_norm", "k_norm", "norm"))
     norm_q, norm_k, norm_out = _together(q_norm), _together(k_norm), _together(norm)
 
@@ -149,11 +157,24 @@ def _attention(modules: Sequence[Any], out: str, causal: bool, heads: int) -> St
 
 
 def _own_attention(modules: Sequence[Any]) -> Step:
-    return _attention(modules, "out", modules[0].causal, modules[0].heads)
+    return _attention(modules, _together([m.qkv for m in modules]), "out", modules[0].causal, modules[0].heads)
 
 
 def _timm_attention(modules: Sequence[Any]) -> Step:
-    return _attention(modules, "proj", False, modules[0].num_heads)
+    return _attention(modules, _together([m.qkv for m in modules]), "proj", False, modules[0].num_heads)
+
+
+def _torch_attention(modules: Sequence[Any]) -> Step:
+    """Of the views' self-attention by an nn.MultiheadAttention, which has one matrix for queries, keys and values."""
+    attentions = [m.attention for m in modules]
+    run = _attention(attentions, _linear(attentions, "in_proj_"), "out_proj", False, attentions[0].num_heads)
+    if attentions[0].batch_first:
+        return run
+    return lambda x: run(x.transpose(1, 2)).transpose(1, 2)
+
+
+def _one_matrix(module: Any) -> bool:
+    return module.in_proj_weight is not None and module.bias_k is None and not (module.add_zero_attn or module.dropout)
 
 
 def _always(module: Any) -> bool:
@@ -188,6 +209,11 @@ _RULES: dict[str, _Rule] = {
     _path(nn.Linear): _Rule(_linear),
     _path(nn.LayerNorm): _Rule(_layer_norm),
     _path(SelfAttention): _Rule(_own_attention, facts=("heads", "causal")),
+    _path(NonDynamicallyQuantizableLinear): _Rule(_linear),
+    _path(nn.MultiheadAttention): _Rule(_as_it_is, _one_matrix, ("num_heads", "batch_first")),  # run by what holds it
+    "fastbp.views_torch._SelfAttention": _Rule(_torch_attention),
+    "fastbp.views_torch._FeedForward": _Rule(_feed_forward, lambda m: isinstance(m.activation, nn.Module)),
+    "torchvision.models.vision_transformer.MLPBlock": _Rule(_sequential),
     "timm.layers.norm.LayerNorm": _Rule(_layer_norm, lambda m: not getattr(m, "_fast_norm", False)),
     "timm.layers.layer_scale.LayerScale": _Rule(_layer_scale, _out_of_place),
     "timm.layers.mlp.Mlp": _Rule(_mlp),

@@ -77,10 +77,33 @@ class AddNorm(nn.Module):
 
 
 class Replace(nn.Module):
-    """The merge that returns `z`: no residual path, an ordinary layer as a block."""
+    """The merge that returns `z`: no residual path, an ordinary layer as a block.
+
+    No gradient passes it along the merges. Where the layer is cheap beside the blocks around it, `transition` keeps
+    their residual paths in one piece.
+    """
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         return z
+
+
+class Through(nn.Module):
+    """The merge `module(x)`: all of it is residual path, and the branch is not read.
+
+    For what changes the stream between stages and has no shortcut around it, such as patch merging; see `transition`.
+
+    Args:
+        module: cheap beside a branch, as methods may differentiate it once more in every round.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"Through: module must be an nn.Module, got {type(module).__name__}")
+        self.module = module
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.module(x)
 
 
 class Residual(nn.Module):
@@ -91,7 +114,7 @@ class Residual(nn.Module):
         merge: a module called with the block's input and the branch's output; default `Add()`.
 
     Raises:
-        TypeError: one of them is not a module.
+        TypeError: one of them is not a module, or nothing would read the branch.
         ValueError: at the forward, input and branch output differ in shape (they are never broadcast).
     """
 
@@ -101,11 +124,18 @@ class Residual(nn.Module):
             raise TypeError(f"Residual: branch must be an nn.Module, got {type(branch).__name__}")
         if merge is not None and not isinstance(merge, nn.Module):
             raise TypeError(f"Residual: merge must be an nn.Module such as Add(), got {type(merge).__name__}")
+        if isinstance(merge, Through) and type(branch) is not nn.Identity:
+            raise TypeError("Residual: the merge Through reads no branch, so that it would not learn; use transition()")
         self.branch = branch
         self.merge = Add() if merge is None else merge
 
     def forward(self, x: Tensor) -> Tensor:
         return self.merge(x, self.branch(x))
+
+
+def transition(module: nn.Module) -> Residual:
+    """A block without a branch, `module(x)`: the residual paths of the blocks before and after it meet in it."""
+    return Residual(nn.Identity(), Through(module))
 
 
 class Chain(nn.Module):
@@ -132,7 +162,10 @@ class Chain(nn.Module):
             raise TypeError(f"Chain: blocks must be an nn.ModuleList of Residual, got {type(blocks).__name__}")
         for i, block in enumerate(blocks):
             if not isinstance(block, Residual):
-                hint = "wrap it as Residual(block), or Residual(block, Replace()) where nothing is added"
+                hint = (
+                    "wrap it as Residual(block) or, where nothing is added, as fastbp.chain.transition(block) if it "
+                    "is cheap and Residual(block, Replace()) if not"
+                )
                 raise TypeError(f"Chain: blocks[{i}] is a {type(block).__name__}, not a Residual; {hint}")
         if not len(blocks):
             raise ValueError("Chain: blocks is empty, a Chain needs at least one Residual")
@@ -152,7 +185,7 @@ class Chain(nn.Module):
 
 
 def has_residual_path(block: Residual) -> bool:
-    """Whether the block's input reaches its output other than through the branch; False for `Replace`.
+    """Whether the block's input reaches its output past the branch; False for `Replace`.
 
     >>> has_residual_path(Residual(nn.Linear(2, 2))), has_residual_path(Residual(nn.Linear(2, 2), Replace()))
     (True, False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
-from fastbp.chain import Residual
+from fastbp.chain import Residual, Through
 from fastbp.seeding import seeded
 
 
@@ -230,7 +230,10 @@ class DelayedModule:
 def last_layer(net: nn.Module) -> str:
     """The class of the layer or branch that a module ends in."""
     while isinstance(net, nn.Sequential | Residual) and len(list(net.children())):
-        net = net.branch if isinstance(net, Residual) else net[-1]
+        if isinstance(net, Residual):
+            net = net.merge.module if isinstance(net.merge, Through) else net.branch
+        else:
+            net = net[-1]
     return type(net).__name__
 
 

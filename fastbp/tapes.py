@@ -2,7 +2,8 @@
 
 A block is h = merge(x, branch(x)). Its Jacobian d h / d x is K + J: K is the merge's by its first argument, the cheap
 path; J leads through the branch. `AddNorm` alone keeps less for K: the diagonal of its norm, mean and deviation held
-fixed; the rest belongs to J.
+fixed; the rest belongs to J. A branch that hands on a tensor without a graph, as one that was skipped in this step, has
+J = 0; so has `Through`, which does not read its branch.
 """
 
 from __future__ import annotations
@@ -14,9 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from fastbp.alike import Alike, alike_blocks
-from fastbp.chain import Add, AddNorm, Residual
+from fastbp.chain import Add, AddNorm, Residual, Through
 
 Parameters = list[nn.Parameter]
+_REENTRANT = (
+    "HighwayBP on reentrant activation checkpointing: a block's own graph does not have its parameters; checkpoint "
+    "with use_reentrant=False, or not at all"
+)
+_RERUN = (
+    "HighwayBP on checkpointed blocks with buffers: every round runs a checkpointed branch again, and its buffers, "
+    "such as the running statistics of a batch norm, moved each time; checkpoint what has none, or nothing"
+)
 
 
 class BlockPlan:
@@ -30,6 +39,8 @@ class BlockPlan:
     Attributes:
         parameters: of every block's branch and of its merge, frozen ones too.
         alike: sets of blocks to be differentiated as one.
+        buffers: of all blocks.
+        checked: whether a step showed that the blocks can be differentiated any number of times.
     """
 
     def __init__(
@@ -39,6 +50,12 @@ class BlockPlan:
         self.carry = carry or _stay
         self.parameters = [(list(b.branch.parameters()), list(b.merge.parameters())) for b in blocks]
         self.alike = alike_blocks(blocks) if batched else []
+        self.buffers = [buffer for block in blocks for buffer in block.buffers()]
+        self.checked = False
+
+    def versions(self) -> list[int]:
+        """How often each buffer was written."""
+        return [buffer._version for buffer in self.buffers]
 
 
 class Tapes:
@@ -51,6 +68,9 @@ class Tapes:
 
     Attributes:
         last: the last block's output, without a graph.
+
+    Raises:
+        ValueError: in the plan's first step, a block is checkpointed in a way that hides its graph.
     """
 
     def __init__(self, plan: BlockPlan, h0: Tensor, gamma: float = 0.0) -> None:
@@ -76,6 +96,9 @@ class Tapes:
                 self._together.append(_BatchTape(together, list(xs.values())))
             else:
                 self._single |= {i: _Tape(plan.blocks[i], x) for i, x in xs.items()}
+        self._versions = None if plan.checked else plan.versions()
+        if not plan.checked and any(tape.rebuilds_its_graph() for tape in self._single.values()):
+            raise ValueError(_REENTRANT)
 
     def __len__(self) -> int:
         return len(self.plan.blocks)
@@ -100,12 +123,19 @@ class Tapes:
         return self.plan.carry(w, max(i - 1, 0))
 
     def accumulate(self, w: Sequence[Tensor]) -> None:
-        """Add w_{i+1} d h_i / d theta to the gradients of every block's parameters; frees the tapes."""
+        """Add w_{i+1} d h_i / d theta to the gradients of every block's parameters; frees the tapes.
+
+        Raises:
+            ValueError: in the plan's first step, a buffer of a block was written since its forward.
+        """
         for tape in self._together:
             tape.accumulate(w, _trainable([p for i in tape.members for p in self.plan.parameters[i][0]]))
         for i, tape in self._single.items():
             branch, merge = self.plan.parameters[i]
             tape.accumulate(w[i + 1], _trainable(branch), _trainable(merge))
+        if self._versions is not None and self._versions != self.plan.versions():
+            raise ValueError(_RERUN)
+        self.plan.checked = True
 
     def _along_merge(self, i: int, w: Tensor) -> Tensor:
         """w K."""
@@ -117,7 +147,7 @@ class _Tape:
     """One block's forward. Branch and merge are differentiated apart, so that each costs what it is."""
 
     def __init__(self, block: Residual, x: Tensor) -> None:
-        self.adds = type(block.merge) is Add
+        self.adds, self.branches = type(block.merge) is Add, type(block.merge) is not Through
         self.x = x.detach().requires_grad_()  # read by the branch
         self.z = block.branch(self.x)
         self.skip = x.detach().requires_grad_(not self.adds)  # read by the merge
@@ -134,17 +164,15 @@ class _Tape:
             return w
         if self.scale is not None:
             return (self.scale * w).to(w.dtype)
-        (dx,) = torch.autograd.grad(self.h, self.skip, w, retain_graph=True, allow_unused=True)
+        dx = _vjp(self.h, self.skip, w)
         return torch.zeros_like(self.skip) if dx is None else dx
 
     def across(self, w: Tensor) -> Tensor:
         """w J."""
         dz = self._into_branch(w)
-        if dz is None:
-            return torch.zeros_like(self.x)
-        (dx,) = torch.autograd.grad(self.z, self.x, dz, retain_graph=True, allow_unused=True)
+        dx = None if dz is None else _vjp(self.z, self.x, dz)
         crossed = torch.zeros_like(self.x) if dx is None else dx
-        if self.scale is not None:  # its merge reads x + z: what dz is to z, it is to x
+        if self.scale is not None and dz is not None:  # its merge reads x + z: what dz is to z, it is to x
             crossed = crossed + (dz - self.along_merge(w))
         return crossed
 
@@ -152,15 +180,24 @@ class _Tape:
         """w d merge / d z: at the branch's output; None where the merge does not read it."""
         if self.adds:
             return w
-        (dz,) = torch.autograd.grad(self.h, self.z_in, w, retain_graph=True, allow_unused=True)
-        return dz
+        return _vjp(self.h, self.z_in, w) if self.branches else None
+
+    def rebuilds_its_graph(self) -> bool:
+        """Whether reentrant checkpointing hides the parameters from the graph: they would get no gradient."""
+        nodes = [out.grad_fn for out in (self.z, self.h) if out.grad_fn is not None]
+        seen = set(nodes)
+        for node in nodes:  # grows while it is walked
+            following = {after for after, _ in node.next_functions if after is not None} - seen
+            seen |= following
+            nodes += following
+        return any(node.name() == "CheckpointFunctionBackward" for node in nodes)
 
     def accumulate(self, w: Tensor, branch: Parameters, merge: Parameters) -> None:
         dz = self._into_branch(w) if branch else None
         if dz is not None:
-            torch.autograd.backward(self.z, dz, inputs=branch, retain_graph=False)
+            _backward(self.z, dz, branch)
         if merge:
-            torch.autograd.backward(self.h, w, inputs=merge, retain_graph=False)
+            _backward(self.h, w, merge)
 
 
 class _BatchTape:
@@ -182,6 +219,19 @@ class _BatchTape:
     def accumulate(self, w: Sequence[Tensor], parameters: Parameters) -> None:
         if parameters:
             torch.autograd.backward(self.z, torch.stack([w[i + 1] for i in self.members]), inputs=parameters)
+
+
+def _vjp(out: Tensor, at: Tensor, w: Tensor) -> Tensor | None:
+    """w d out / d at; None where it is zero. The graph is kept."""
+    if not out.requires_grad:
+        return None
+    return torch.autograd.grad(out, at, w, retain_graph=True, allow_unused=True)[0]
+
+
+def _backward(out: Tensor, w: Tensor, parameters: Parameters) -> None:
+    """Add w d out / d theta to the gradients of parameters. The graph is freed."""
+    if out.requires_grad:
+        torch.autograd.backward(out, w, inputs=parameters)
 
 
 def _stay(tensor: Tensor, block: int) -> Tensor:

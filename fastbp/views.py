@@ -15,8 +15,9 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from fastbp.chain import Chain, Replace, Residual
+from fastbp.chain import Chain, Replace, Residual, transition
 from fastbp.recurrent import Recurrent
+from fastbp.units import wrappings
 from fastbp.view_parts import INSTEAD, class_of, is_a, refuse
 from fastbp.views_timm import TIMM_VIEWS
 from fastbp.views_torch import TORCH_VIEWS
@@ -35,16 +36,17 @@ def as_chain(model: nn.Module) -> Chain:
     """The Chain view of a model; a `Chain` is returned as it is.
 
     Accepted: `Chain`; `nn.Sequential`, where plain children before the first `Residual` become the stem,
-    those after the last one the head, those between them blocks without residual path (nested Sequentials and
-    Chains that hold a `Residual`, and nn.TransformerEncoder, are unrolled; where there is none at all, every
-    child becomes such a block); nn.TransformerEncoder; ResNet with BasicBlock or Bottleneck,
-    VisionTransformer, SwinTransformer and ConvNeXt of torchvision and timm, and timm's ResNetV2 and
-    VisionTransformerDistilled. Attention and MLP are two blocks; what changes the shape between stages is a
-    block without residual path, unless it is the shortcut of one.
+    those after the last one the head, those between them transitions (nested Sequentials and Chains that hold a
+    `Residual`, and nn.TransformerEncoder, are unrolled; where there is none at all, every child becomes a block
+    without residual path; an expensive layer between others is one as `Residual(layer, Replace())`);
+    nn.TransformerEncoder; ResNet with BasicBlock or Bottleneck, VisionTransformer, SwinTransformer and ConvNeXt of
+    torchvision and timm, and timm's ResNetV2 and VisionTransformerDistilled. Attention and MLP are two blocks;
+    what changes the shape between stages is a transition, unless it is the shortcut of a block.
 
     Raises:
-        TypeError: another class (subclasses included, as their forward may differ), or a variant that a view
-            does not reproduce; the message says what to pass instead.
+        TypeError: another class (subclasses included, as their forward may differ), a variant that a view does not
+            reproduce, or a model in DistributedDataParallel, DataParallel or torch.compile; the message says what to
+            pass instead.
         ValueError: an empty `nn.Sequential`.
     """
     if is_a(model, Chain):
@@ -58,19 +60,34 @@ def as_chain(model: nn.Module) -> Chain:
         )
     view = _VIEWS.get(class_of(model))
     if view is None:
+        _refuse_wrapped(model)
         raise TypeError(f"as_chain cannot see into a {class_of(model)}: {INSTEAD}")
     if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
         refuse(model, "gradient checkpointing is on; call model.set_grad_checkpointing(False)")
     return view(model)
 
 
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Raises TypeError for a wrapper, whose own work a view would go past in silence."""
+    past = f"as_chain cannot see into a {class_of(model)}: HighwayBP and DDG call the blocks themselves, past"
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            f"{past} the wrapper, which would average no gradients, whether it is there before `bind` or comes after; "
+            "pass the plain model (its `.module`) and all-reduce every p.grad after `backward`"
+        )
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(f"{past} the wrapper, which would split no batch; pass the plain model (its `.module`)")
+    if len(list(wrappings(model))) > 1:
+        raise TypeError(f"{past} the compiled forward; pass the model that torch.compile was given")
+
+
 def _sequential(model: nn.Module) -> Chain:
     steps = list(_steps(model))
     at = [i for i, step in enumerate(steps) if isinstance(step, Residual)]
     if not at:
-        return Chain(nn.Identity(), [_plain(step) for step in steps], nn.Identity())
+        return Chain(nn.Identity(), [Residual(_keeping(step), Replace()) for step in steps], nn.Identity())
     stem, middle, head = steps[: at[0]], steps[at[0] : at[-1] + 1], steps[at[-1] + 1 :]
-    blocks = [step if isinstance(step, Residual) else _plain(step) for step in middle]
+    blocks = [step if isinstance(step, Residual) else transition(_keeping(step)) for step in middle]
     return Chain(_run(stem), blocks, _keeping(_run(head)))
 
 
@@ -93,10 +110,6 @@ def _steps(module: nn.Module, outermost: bool = True) -> Iterator[nn.Module]:
 
 def _holds_blocks(module: nn.Module) -> bool:
     return isinstance(module, Residual) or type(module) is nn.TransformerEncoder
-
-
-def _plain(step: nn.Module) -> Residual:
-    return Residual(_keeping(step), Replace())
 
 
 def _run(steps: list[nn.Module]) -> nn.Module:

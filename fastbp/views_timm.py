@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastbp.chain import Chain, Replace, Residual, ShortcutAdd
+from fastbp.chain import Chain, Residual, ShortcutAdd, transition
 from fastbp.view_parts import kind_of, post_activation, refuse
 
 
@@ -40,7 +40,7 @@ class _ResNetHead(nn.Module):
 
 
 def _resnet_v2(model: Any) -> Chain:
-    """Pre-activation; where a block changes the shape, its first norm, which the shortcut reads too, is a block."""
+    """Pre-activation; the first norm of a block that changes the shape is a transition: the shortcut reads it too."""
     blocks = []
     for b in (b for stage in model.stages for b in stage.blocks):
         kind = kind_of(model, b, "timm.models.resnetv2", "PreActBasic", "PreActBottleneck", "Bottleneck")
@@ -53,7 +53,7 @@ def _resnet_v2(model: Any) -> Chain:
         if b.downsample is None:
             blocks.append(Residual(nn.Sequential(b.norm1, *branch)))
         else:
-            blocks.append(Residual(b.norm1, Replace()))
+            blocks.append(transition(b.norm1))
             blocks.append(Residual(nn.Sequential(*branch), ShortcutAdd(b.downsample, relu=False)))
     return Chain(model.stem, blocks, nn.Sequential(model.norm, model.head))
 
@@ -137,13 +137,13 @@ class _TwoHeads(nn.Module):
 
 
 def _swin(model: Any) -> Chain:
-    """The states are (B, height, width, channels); patch merging is a block without residual path."""
+    """The states are (B, height, width, channels); patch merging is a transition."""
     if model.dynamic_img_size:
         refuse(model, "it takes images of any size; make it with strict_img_size=True and dynamic_img_size=False")
     blocks = []
     for stage in model.layers:
         if not isinstance(stage.downsample, nn.Identity):
-            blocks.append(Residual(stage.downsample, Replace()))
+            blocks.append(transition(stage.downsample))
         for b in stage.blocks:
             kind_of(model, b, "timm.models.swin_transformer", "SwinTransformerBlock")
             blocks += [Residual(_Windows(b)), Residual(_OverTokens(b))]
@@ -191,7 +191,7 @@ def _convnext(model: Any) -> Chain:
     blocks = []
     for stage in model.stages:
         if not isinstance(stage.downsample, nn.Identity):
-            blocks.append(Residual(stage.downsample, Replace()))
+            blocks.append(transition(stage.downsample))
         for b in stage.blocks:
             kind_of(model, b, "timm.models.convnext", "ConvNeXtBlock")
             plain = isinstance(b.shortcut, nn.Identity)

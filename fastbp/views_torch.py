@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fastbp.chain import AddNorm, Chain, Replace, Residual
+from fastbp.chain import AddNorm, Chain, Residual, transition
 from fastbp.view_parts import FirstToken, class_of, kind_of, post_activation
 
 
@@ -58,11 +59,11 @@ class _SelfAttention(nn.Module):
 
 
 def _swin(model: Any) -> Chain:
-    """Both versions; the states are (B, height, width, channels), patch merging is a block without residual path."""
+    """Both versions; the states are (B, height, width, channels), patch merging is a transition."""
     blocks, (stem, *features) = [], model.features
     for part in features:
         if class_of(part).startswith("torchvision.models.swin_transformer.PatchMerging"):
-            blocks.append(Residual(part, Replace()))
+            blocks.append(transition(part))
             continue
         for b in part:
             kinds = ("SwinTransformerBlock", "SwinTransformerBlockV2")
@@ -78,7 +79,7 @@ def _convnext(model: Any) -> Chain:
     blocks, (stem, *features) = [], model.features
     for part in features:
         if class_of(part[0]) == "torchvision.models.convnext.LayerNorm2d":
-            blocks.append(Residual(part, Replace()))  # downsampling
+            blocks.append(transition(part))  # downsampling
             continue
         for b in part:
             kind_of(model, b, "torchvision.models.convnext", "CNBlock")
@@ -108,10 +109,14 @@ def _encoder(model: Any) -> Chain:
     return Chain(nn.Identity(), blocks, nn.Identity() if model.norm is None else model.norm)
 
 
+_AS_MODULE = {F.relu: nn.ReLU(), F.gelu: nn.GELU()}  # equal blocks are known by their modules
+
+
 class _FeedForward(nn.Module):
     def __init__(self, layer: Any) -> None:
         super().__init__()
-        self.linear1, self.linear2, self.activation = layer.linear1, layer.linear2, layer.activation
+        self.linear1, self.linear2 = layer.linear1, layer.linear2
+        self.activation = _AS_MODULE.get(layer.activation, layer.activation)
         self.dropout, self.dropout2 = layer.dropout, layer.dropout2
 
     def forward(self, x: Tensor) -> Tensor:

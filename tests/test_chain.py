@@ -8,7 +8,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastbp.chain import Add, AddNorm, AddReLU, Chain, Replace, Residual, ShortcutAdd, has_residual_path
+from fastbp.chain import (
+    Add,
+    AddNorm,
+    AddReLU,
+    Chain,
+    Replace,
+    Residual,
+    ShortcutAdd,
+    Through,
+    has_residual_path,
+    transition,
+)
 from fastbp.layers import MeanTokens, PatchEmbedding
 from fastbp.views import as_chain
 
@@ -21,7 +32,7 @@ def timm_model(name, **args):
 def torchvision_vit(**args):
     models = pytest.importorskip("torchvision").models
     sizes = dict(image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32)
-    model = models.VisionTransformer(**sizes, num_classes=5, **args)
+    model = models.VisionTransformer(**sizes | args, num_classes=5)
     nn.init.normal_(model.heads[-1].weight)  # torchvision's zero start would hide the gradients below the head
     return model
 
@@ -292,12 +303,12 @@ def test_blocks_of_resnets_and_transformers():
     vit = as_chain(build("timm vit_tiny")).residuals()
     assert [type(block.merge) for block in vit] == [Add] * 6, "attention and MLP of three layers are six blocks"
     merges = {
-        "timm resnetv2_18": [Add, Replace, ShortcutAdd, Add, Replace, ShortcutAdd, Replace, ShortcutAdd],
+        "timm resnetv2_18": [Add, Through, ShortcutAdd, Add, Through, ShortcutAdd, Through, ShortcutAdd],
         "timm resnetv2 post": [ShortcutAdd] * 4,
-        "timm swin": [Add] * 4 + [Replace] + [Add] * 4,
-        "timm convnext": [Add, Replace, Add, Add, Replace, Add, Replace, Add],
-        "torchvision swin": [Add] * 4 + [Replace] + [Add] * 4,
-        "torchvision convnext": [Add, Add, Replace, Add, Add],
+        "timm swin": [Add] * 4 + [Through] + [Add] * 4,
+        "timm convnext": [Add, Through, Add, Add, Through, Add, Through, Add],
+        "torchvision swin": [Add] * 4 + [Through] + [Add] * 4,
+        "torchvision convnext": [Add, Add, Through, Add, Add],
         "encoder post-LN": [AddNorm] * 4,
         "encoder pre-LN": [Add] * 4,
     }
@@ -326,6 +337,9 @@ def test_merges():
     assert Add()(x, z).tolist() == [1.5, -1.0]
     assert AddReLU()(x, z).tolist() == [1.5, 0.0]
     assert Replace()(x, z) is z
+    assert Through(nn.ReLU())(x, z).tolist() == [1.0, 0.0]
+    assert transition(nn.ReLU())(x).tolist() == [1.0, 0.0]
+    assert has_residual_path(transition(nn.Tanh()))
     assert ShortcutAdd(nn.Identity(), relu=False)(x, z).tolist() == [1.5, -1.0]
     assert ShortcutAdd(nn.Flatten(0), relu=True)(x.view(1, 2), z).tolist() == [1.5, 0.0]
     assert not has_residual_path(Residual(nn.Identity(), Replace()))
@@ -347,6 +361,8 @@ def test_merges_never_broadcast():
             "merge must be an nn.Module such as Add.., got str",
         ),
         (lambda: ShortcutAdd(None, relu=True), TypeError, "shortcut must be an nn.Module, got NoneType"),
+        (lambda: transition(torch.relu), TypeError, "Through: module must be an nn.Module, got builtin"),
+        (lambda: Residual(nn.Linear(2, 2), Through(nn.Tanh())), TypeError, r"would not learn; use transition\(\)"),
         (lambda: Chain(None, nn.ModuleList([]), nn.Identity()), TypeError, "stem must be an nn.Module"),
         (lambda: Chain(nn.Identity(), nn.ModuleList([]), 1), TypeError, "head must be an nn.Module"),
         (
@@ -375,10 +391,11 @@ def sequential_with(*extra):
 @pytest.mark.parametrize(
     ("model", "merges"),
     [
-        (sequential_with(), [Add, Replace, AddReLU]),
-        (sequential_with(nn.ReLU(inplace=True)), [Add, Replace, Replace, AddReLU]),
-        (sequential_with(nn.Dropout(0.5, inplace=True)), [Add, Replace, Replace, AddReLU]),
-        (nn.Sequential(*sequential_with(), nn.ReLU(inplace=True)), [Add, Replace, AddReLU]),
+        (sequential_with(), [Add, Through, AddReLU]),
+        (sequential_with(nn.ReLU(inplace=True)), [Add, Through, Through, AddReLU]),
+        (sequential_with(nn.Dropout(0.5, inplace=True)), [Add, Through, Through, AddReLU]),
+        (sequential_with(Residual(nn.Linear(8, 8), Replace())), [Add, Through, Replace, AddReLU]),
+        (nn.Sequential(*sequential_with(), nn.ReLU(inplace=True)), [Add, Through, AddReLU]),
         (
             nn.Sequential(nn.Flatten(), Residual(nn.Linear(3072, 3072)), nn.Identity(), nn.ReLU(inplace=True)),
             [Add],
@@ -387,7 +404,7 @@ def sequential_with(*extra):
             nn.Sequential(nn.Flatten(), nn.Linear(3072, 8), nn.ReLU(inplace=True), nn.Linear(8, 5)),
             [Replace] * 4,
         ),
-        (nn.Sequential(nn.Identity(), sequential_with()), [Add, Replace, AddReLU]),
+        (nn.Sequential(nn.Identity(), sequential_with()), [Add, Through, AddReLU]),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(3072, 4), small_chain(), nn.Tanh()),
             [Add, AddReLU],
@@ -397,6 +414,7 @@ def sequential_with(*extra):
         "plain",
         "inplace",
         "dropout",
+        "explicit",
         "inplace head",
         "hidden inplace",
         "no residual",
@@ -462,6 +480,13 @@ def distilled_training():
     return model
 
 
+def data_parallel():
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)  # without a group
+    nn.Module.__init__(wrapper)
+    wrapper.module = small_chain()
+    return wrapper
+
+
 class OtherLayer(nn.TransformerEncoderLayer):
     pass
 
@@ -480,6 +505,9 @@ class OtherLayer(nn.TransformerEncoderLayer):
         (lambda: timm_model("resnetv2_50", **NARROW, layers=(1, 1), preact=False, act_layer=nn.SiLU), "SiLU"),
         (lambda: nn.TransformerEncoder(OtherLayer(8, 2), 1, enable_nested_tensor=False), "OtherLayer"),
         (checkpointing, r"set_grad_checkpointing\(False\)"),
+        (data_parallel, r"DistributedDataParallel: .* average no gradients.* pass the plain model .*all-reduce"),
+        (lambda: nn.DataParallel(small_chain()), r"DataParallel: .* split no batch; pass the plain model"),
+        (lambda: torch.compile(small_chain()), r"OptimizedModule: .* pass the model that torch.compile was given"),
     ],
 )
 def test_unsupported_variants_are_named(make, message):

@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fastbp import Chain, HighwayBP, Residual
-from fastbp.chain import Add, AddReLU, Replace, ShortcutAdd
+from fastbp.chain import Add, AddNorm, AddReLU, Replace, ShortcutAdd, transition
 from fastbp.nets import cifar_resnet, vit_tiny
 from reference import highway as twin
 
@@ -200,14 +201,23 @@ def small_conv_net():
     return Chain(nn.Conv2d(1, 2, 1), blocks, nn.Sequential(nn.Flatten(), nn.Linear(8, 3)))
 
 
+def staged_net():
+    """Two widths, with norm and linear map between them on the highway; the transitions have parameters."""
+    branches = [nn.Sequential(nn.Linear(width, width), nn.Tanh()) for width in (4, 3, 3)]
+    merging = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3), nn.ReLU())
+    blocks = [*map(Residual, branches[:2]), Residual(branches[2], AddReLU())]
+    return Chain(nn.Linear(6, 4), [blocks[0], transition(merging), *blocks[1:], transition(nn.Tanh())], nn.Linear(3, 3))
+
+
 NETS = {
     "conv": small_conv_net,
+    "staged": staged_net,
     "vit": lambda: vit_tiny((1, 2, 2), 3, patch=1, dim=4, depth=2, heads=2, mlp_ratio=1),
     "tanh": lambda: Chain(
         nn.Identity(), [Residual(nn.Sequential(nn.Linear(6, 6), nn.Tanh())) for _ in range(3)], nn.Linear(6, 3)
     ),
 }
-SHAPES = {"conv": (3, 1, 4, 4), "vit": (3, 1, 2, 2), "tanh": (3, 6)}
+SHAPES = {"conv": (3, 1, 4, 4), "staged": (3, 6), "vit": (3, 1, 2, 2), "tanh": (3, 6)}
 
 
 def net_and_batch(name):
@@ -328,6 +338,76 @@ def test_frozen_parts_get_no_gradient():
             assert p.grad is None, f"frozen {name} has a gradient"
 
 
+class HandMade(nn.Module):
+    """Stochastic depth without a graph: a skipped branch returns zeros."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear, self.skipped = nn.Linear(width, width), False
+
+    def forward(self, x):
+        return torch.zeros_like(x) if self.skipped else torch.tanh(self.linear(x))
+
+
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_a_skipped_branch_has_no_jacobian(k):
+    torch.manual_seed(0)
+    merges = [Add(), AddReLU(), AddNorm(nn.LayerNorm(4)), Add(), Replace(), Add()]
+    chain = Chain(nn.Linear(6, 4), [Residual(HandMade(4), merge) for merge in merges], nn.Linear(4, 3)).double()
+    x, y = torch.randn(5, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
+    for i in (1, 2, 3, 5) if k == 5 else (0, 1, 2, 3, 4, 5):
+        chain.blocks[i].branch.skipped = True
+    HighwayBP(iterations=k).bind(chain, nn.functional.cross_entropy).backward(x, y)
+    for i, block in enumerate(chain.residuals()):
+        assert (block.branch.linear.weight.grad is None) == block.branch.skipped, f"block {i}"
+    if k == 5:
+        got = {name: p.grad for name, p in chain.named_parameters()}
+        chain.zero_grad(set_to_none=True)
+        nn.functional.cross_entropy(chain(x), y).backward()
+        for name, p in chain.named_parameters():
+            assert (p.grad is None) == (got[name] is None), name
+            if p.grad is not None:
+                torch.testing.assert_close(got[name], p.grad, rtol=1e-12, atol=1e-14, msg=name)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, norm, reentrant):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 6), norm, nn.Tanh())
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=self.reentrant)
+
+
+def checkpointed(norm, reentrant):
+    torch.manual_seed(0)
+    blocks = [Residual(Checkpointed(norm(6), reentrant)) for _ in range(3)]
+    return Chain(nn.Linear(6, 6), blocks, nn.Linear(6, 3)).double()
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_checkpoints_that_cannot_be_rounds_are_refused(k):
+    x, y = torch.randn(4, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    for norm, reentrant, message in (
+        (nn.LayerNorm, True, r"^HighwayBP on reentrant activation checkpointing: .*use_reentrant=False"),
+        (nn.BatchNorm1d, False, r"^HighwayBP on checkpointed blocks with buffers: .*running statistics"),
+    ):
+        estimator = HighwayBP(iterations=k).bind(checkpointed(norm, reentrant), nn.functional.cross_entropy)
+        with pytest.raises(ValueError, match=message):
+            estimator.backward(x, y)
+    chain = checkpointed(nn.LayerNorm, False)
+    estimator = HighwayBP(iterations=3).bind(chain, nn.functional.cross_entropy)
+    for _ in range(2):
+        chain.zero_grad()
+        estimator.backward(x, y)
+    plain = copy.deepcopy(chain)
+    plain.zero_grad()
+    nn.functional.cross_entropy(plain(x), y).backward()
+    for (name, p), q in zip(chain.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-12, atol=1e-14, msg=name)
+
+
 def test_cifar_resnet_error_falls_with_iterations():  # invariant 8
     torch.manual_seed(0)
     model = cifar_resnet((3, 8, 8), 4, depth=20, width=4).double()
@@ -344,6 +424,9 @@ def test_refusals():
     plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(TypeError, match=r"^HighwayBP: no block of this Sequential has a residual path"):
         HighwayBP().bind(plain, half_square)
+    stepwise = [Residual(nn.Linear(2, 2), Replace()), transition(nn.ReLU()), Residual(nn.Linear(2, 2), Replace())]
+    with pytest.raises(TypeError, match=r"^HighwayBP: no block of this Chain has a residual path"):
+        HighwayBP().bind(Chain(nn.Identity(), stepwise, nn.Identity()), half_square)
     for settings, message in (
         ({"iterations": -1}, "HighwayBP.iterations = -1: must be 0 or more; the number of blocks is exact"),
         ({"gamma": 1.5}, "HighwayBP.gamma = 1.5: must be in [0, 1]"),

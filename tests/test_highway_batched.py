@@ -12,9 +12,11 @@ from torch.nn.functional import cross_entropy
 from fastbp import Chain, DecorrelatedBP, HighwayBP, LayerDropBack, Residual
 from fastbp.alike import alike_blocks
 from fastbp.chain import AddReLU, Replace
-from fastbp.layers import SelfAttention
+from fastbp.layers import MeanTokens, PatchEmbedding, SelfAttention
 from fastbp.nets import gpt_tiny, mlp, resnet_tiny, vit_tiny
+from fastbp.testing import check_method
 from fastbp.views import as_chain
+from test_chain import torchvision_vit
 
 
 def timm_vit(**more):
@@ -36,7 +38,19 @@ def mixed():
     return Chain(nn.Sequential(nn.Flatten(), nn.Linear(48, 6)), [kinds[i]() for i in order], nn.Linear(6, 5))
 
 
+def torch_encoder(**layer):
+    """Attention over the first axis of each sample, or over the second."""
+    sizes = {"d_model": 8, "nhead": 2, "dim_feedforward": 12, "dropout": 0.0, "norm_first": True}
+    stack = nn.TransformerEncoder(nn.TransformerEncoderLayer(**sizes | layer), 3, enable_nested_tensor=False)
+    for p in stack.parameters():  # its layers are copies of one
+        p.data += 0.1 * torch.randn_like(p)
+    return nn.Sequential(PatchEmbedding(3, 16, 16, 8, 8), stack, MeanTokens(), nn.Linear(8, 5))
+
+
 NETS = {
+    "torch encoder": torch_encoder,
+    "torch encoder, batch first": lambda: torch_encoder(batch_first=True, activation=nn.GELU(), bias=False),
+    "torchvision vit": lambda: torchvision_vit(image_size=16),
     "mlp": lambda: mlp((3, 4, 4), 5, depth=4, width=8),
     "vit": lambda: vit_tiny((3, 4, 4), 5, patch=2, dim=8, depth=3, heads=2),
     "timm vit": timm_vit,
@@ -44,6 +58,9 @@ NETS = {
     "mixed": mixed,
 }
 GROUPS = {
+    "torch encoder": [(0, 2, 4), (1, 3, 5)],
+    "torch encoder, batch first": [(0, 2, 4), (1, 3, 5)],
+    "torchvision vit": [(0, 2), (1, 3)],
     "mlp": [(0, 1, 2, 3)],
     "vit": [(0, 2, 4), (1, 3, 5)],
     "timm vit": [(0, 2), (1, 3)],
@@ -105,6 +122,15 @@ def test_gpt_with_a_loss_per_token_equals_the_loop():
     _, want, _ = gradients(model, x, x.roll(1), HighwayBP(iterations=2, gamma=0.1), loss_fn)
     _, got, _ = gradients(model, x, x.roll(1), HighwayBP(iterations=2, gamma=0.1, batched=True), loss_fn)
     assert_same(got, want)
+
+
+def equal_blocks():
+    torch.manual_seed(0)
+    return mlp((1, 8, 8), 4, depth=4, width=16).double()
+
+
+def test_method_conforms():
+    check_method(HighwayBP(iterations=2, gamma=0.1, batched=True), make_model=equal_blocks)
 
 
 class Kept:
@@ -171,6 +197,38 @@ def test_convolutions_dropout_and_single_blocks_loop():
     assert len(alike_blocks([Residual(nn.Sequential(nn.Dropout(0.0), nn.Linear(2, 2))) for _ in range(3)])) == 1
     assert alike_blocks([Residual(nn.Linear(2, 2)), Residual(nn.Linear(2, 2, bias=False))]) == []
     assert alike_blocks([Residual(nn.Linear(2, 2), Replace()), Residual(nn.Linear(2, 2), Replace())]) == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: resnet_tiny((3, 4, 4), 5),
+        lambda: torch_encoder(dropout=0.1),
+        lambda: torch_encoder(norm_first=False),
+        lambda: gpt_tiny((6,), 7, dim=8, depth=2, heads=2, norm="post"),
+        lambda: Chain(nn.Identity(), [Residual(nn.Linear(2, 2)), Residual(nn.Tanh())], nn.Identity()),
+    ],
+)
+def test_batched_without_equal_blocks_is_refused(make):
+    model = make()
+    rule = (
+        rf"^HighwayBP\.batched = True: no two blocks of this {type(model).__name__} can run as one call: .*; omit it$"
+    )
+    with pytest.raises(ValueError, match=rule):
+        HighwayBP(batched=True).bind(model, cross_entropy)
+    HighwayBP().bind(model, cross_entropy)
+
+
+def test_torch_attention_with_more_than_one_matrix_loops():
+    def blocks(**other):
+        encoder = torch_encoder()[1]
+        for layer in encoder.layers:
+            layer.self_attn = nn.MultiheadAttention(8, 2, **other)
+        return as_chain(encoder).residuals()[::2]
+
+    assert alike_blocks(blocks())
+    for other in ({"kdim": 4}, {"add_bias_kv": True}, {"add_zero_attn": True}, {"dropout": 0.1}):
+        assert not alike_blocks(blocks(**other)), other
 
 
 def test_equal_blocks_on_states_of_other_shapes_loop():

@@ -106,6 +106,8 @@ def trained(method, make, batch, epoch=1):
 @pytest.mark.parametrize("name", NETS)
 def test_named_devices_change_no_number(name, method):
     """Losses, gradients, buffers and weights of steps with momentum, bit for bit; and what was measured on the way."""
+    if method.batched and name != "mlp":
+        pytest.skip("no equal blocks: refused")
     make, batch = NETS[name]
     want, plain = trained(method, make, batch)
     for devices in (TWO, THREE):

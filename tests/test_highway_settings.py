@@ -33,7 +33,6 @@ SETTINGS = [
     "method",
     [
         SETTINGS[0],
-        SETTINGS[3],
         *(
             pytest.param(method, marks=pytest.mark.long)
             for method in (

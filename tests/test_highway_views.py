@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from fastbp import DDG, HighwayBP
+from fastbp.chain import Through
 from fastbp.views import as_chain
 from test_chain import MODELS, batch, build
 
@@ -77,6 +78,49 @@ def test_fewer_iterations_point_the_same_way(name):
         grads.append(torch.cat([p.grad.flatten() for p in chain.blocks.parameters()]))
     cosines = [F.cosine_similarity(g, grads[-1], dim=0).item() for g in grads]
     assert 0 < cosines[0] < cosines[1] < 1 + 1e-9, f"cosines at k = 0, 2, all: {cosines}"
+
+
+def block_gradients(model, k):
+    """Of every block of its view, with as many rounds."""
+    model.zero_grad()
+    HighwayBP(iterations=k).bind(model, F.cross_entropy).backward(*batch())
+    return [torch.cat([p.grad.flatten() for p in block.parameters()]) for block in as_chain(model).blocks]
+
+
+STAGED = [name for name in MODELS if any(kind in name for kind in ("convnext", "swin", "resnetv2_", "resnetv2 gn"))]
+
+
+@pytest.mark.parametrize("name", STAGED)
+def test_a_transition_between_stages_cuts_no_highway(name):
+    """Every block learns from the first round on, and transitions need no round of their own to be exact."""
+    model = build(name).eval()
+    assert all(g.any() for g in block_gradients(model, 0)), "at k = 0, a block's gradient is zero"
+    blocks = as_chain(model).residuals()
+    branches = sum(type(block.merge) is not Through for block in blocks)
+    assert 0 < branches < len(blocks), "this model has no transition"
+    got = torch.cat(block_gradients(model, branches))
+    model.zero_grad()
+    F.cross_entropy(model(batch()[0]), batch()[1]).backward()
+    want = torch.cat([p.grad.flatten() for p in as_chain(model).blocks.parameters()])
+    assert (got - want).norm() < 1e-10 * want.norm(), f"{(got - want).norm() / want.norm():.3g} from backprop"
+
+
+CUT = {  # cosines at k = 0, 1 with a transition that carries no gradient past its branch
+    "timm convnext": (0.53, 0.75),
+    "timm convnextv2": (0.54, 0.75),
+    "timm resnetv2_18": (0.25, 0.57),
+    "timm resnetv2_50": (0.74, 0.83),
+    "timm resnetv2 gn": (0.61, 0.82),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_blocks_before_a_transition_learn_better(name):
+    model = build(name).eval()
+    zero, one, exact = (torch.cat(block_gradients(model, k)) for k in (0, 1, 50))
+    cosines = [F.cosine_similarity(g, exact, dim=0).item() for g in (zero, one)]
+    assert cosines[0] > CUT[name][0] + 0.04, f"cosines at k = 0, 1: {cosines}, cut {CUT[name]}"
+    assert cosines[1] > CUT[name][1] + 0.1, f"cosines at k = 0, 1: {cosines}, cut {CUT[name]}"
 
 
 @pytest.mark.parametrize("name", ["timm swin", "timm resnetv2_18", "torchvision convnext", "encoder post-LN"])
