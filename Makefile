@@ -6,13 +6,16 @@ JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup demo test check quick lint types bench clean
+TORCH_BENCHES := highway_rnn ldb_saving dbp_overhead ddg_speed highway_deep loop_overhead ddg_memory
+
+.PHONY: help setup demo test check quick lint types bench bench-torch clean
 help:
 	@echo "make demo    sweep five arms on the digits and show the Pareto report (minutes)"
 	@echo "make test    the whole test suite"
 	@echo "make check   what CI runs: all but the longest tests"
 	@echo "make quick   the tests that take seconds"
 	@echo "make lint    ruff;  make types  basedpyright;  make bench  speed claims, as ratios"
+	@echo "make bench-torch  those that need torch alone, with PYTHON as it is: for a machine with a GPU and nothing else"
 
 setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
@@ -42,6 +45,10 @@ types: $(STAMP)
 
 bench: $(STAMP)
 	@failed=; for script in benchmarks/*.py; do "$(BIN)/python" "$$script" || failed="$$failed $$script"; done; \
+	test -z "$$failed" || { echo "claims that do not hold, or errors:$$failed"; exit 1; }
+
+bench-torch:
+	@failed=; for name in $(TORCH_BENCHES); do PYTHONPATH=. PYTHONUNBUFFERED=1 "$(PYTHON)" benchmarks/$$name.py || failed="$$failed $$name"; done; \
 	test -z "$$failed" || { echo "claims that do not hold, or errors:$$failed"; exit 1; }
 
 clean:

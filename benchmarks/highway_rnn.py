@@ -11,12 +11,17 @@ On one CPU thread, with a batch of 8, for a GRU of width 16 and with k = 5 and L
 3. at least 3 times as fast as the loop and 2 times as fast as torch's own layer. For an LSTM torch has one compiled
    kernel (oneDNN), and no such claim is made: the table shows where Highway-BP loses.
 
-All candidates train the same weights on the same batch: the loop, torch's layer, the loop captured as one CUDA graph
-(CUDA only), torch's forward alone, and Highway-BP for every k. They run in turn, in an order that reverses every
-round; figures are medians over rounds of ratios within a round, with their 95 % interval. Beside every time stands the
-cosine of its gradient to the exact one, of all weights after a short training by plain backprop to repeat the symbol of
-8 steps ago, with a loss at every step. a + b k is fitted to the times. The map shows where Highway-BP is ahead of
-torch's layer beyond the interval; elsewhere it is not.
+All candidates train the same weights on the same batch: the loop, torch's layer, torch's forward alone, Highway-BP for
+every k, and fixed-point iteration (FPI: Highway-BP with gamma = 1, so without a highway), timed at some k. With a loss
+at every step FPI is truncated backpropagation whose window slides, every loss through its last k + 1 cells: it stands
+for both. On CUDA the loop, the layer and Highway-BP are measured as one CUDA graph each, too, and compared graph with
+graph; what cannot be captured is left out, with the reason.
+
+They run in turn, in an order that reverses every round; figures are medians over rounds of ratios within a round, with
+their 95 % interval. Beside every time stands the cosine of its gradient to the exact one, of the layer's parameters
+(the head's gradient is exact whatever k is), after a short training by plain backprop to repeat the symbol of 8 steps
+ago, with a loss at every step. a + b k is fitted to the times. The map shows where Highway-BP is ahead of torch's layer
+beyond the interval; elsewhere it is not.
 
     python benchmarks/highway_rnn.py
 """
@@ -43,7 +48,7 @@ LIMITS = {
     "cpu": {"times the loop, GRU of 16, k = 5, L = 1024": 3.0, "times torch's layer, GRU of 16, k = 5, L = 1024": 2.0},
 }
 SYMBOLS, DELAY, TRAINING_STEPS = 16, 8, 40
-LOOP, LAYER, GRAPH, FORWARD = "loop", "layer", "graph", "forward"
+LOOP, LAYER, FORWARD, FPI, GRAPH = "loop", "layer", "forward", "fpi ", " graph"  # before a k, behind a name
 
 Step = Callable[[], Any]
 
@@ -53,6 +58,7 @@ class Sizes:
     """What is measured.
 
     Attributes:
+        fpi: those ks at which FPI is timed.
         steps: of one timed call.
     """
 
@@ -60,13 +66,14 @@ class Sizes:
     widths: tuple[int, ...]
     batch: int
     ks: tuple[int, ...]
+    fpi: tuple[int, ...]
     rounds: int
     steps: int
 
 
-CUDA = Sizes((256, 512, 1024), (64, 256, 512), 128, (0, 1, 2, 5, 10, 20), 9, 3)
-CPU = Sizes((256, 512, 1024), (16, 64), 8, (0, 1, 2, 5, 10, 20), 7, 1)
-QUICK = Sizes((12, 24), (8,), 2, (0, 2), 2, 1)
+CUDA = Sizes((256, 512, 1024), (64, 256, 512), 128, (0, 1, 2, 5, 10, 20), (5, 20), 9, 3)
+CPU = Sizes((256, 512, 1024), (16, 64), 8, (0, 1, 2, 5, 10, 20), (5, 20), 7, 1)
+QUICK = Sizes((12, 24), (8,), 2, (0, 2), (2,), 2, 1)
 
 
 def net(cell: str, width: int, device: torch.device) -> Recurrent:
@@ -137,28 +144,55 @@ def candidates(model: Recurrent, x: Tensor, y: Tensor, ks: tuple[int, ...]) -> d
         return step
 
     found = {LOOP: loop, LAYER: method(Backprop()), FORWARD: forward}
-    if x.is_cuda:
-        found[GRAPH] = captured(model, loop)
-    return found | {str(k): method(HighwayBP(iterations=k)) for k in ks}
+    found |= {str(k): method(HighwayBP(iterations=k)) for k in ks}
+    return found | {f"{FPI}{k}": method(HighwayBP(iterations=k, gamma=1.0)) for k in ks}
 
 
-def captured(model: Recurrent, step: Step) -> Step:
-    """The step as one CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+def with_graphs(model: Recurrent, steps: dict[str, Step]) -> dict[str, Step]:
+    """Behind the candidates those of them that take a gradient and can be captured, each as one CUDA graph."""
+    graphs = {f"{name}{GRAPH}": captured(name, model, step) for name, step in steps.items() if name != FORWARD}
+    return steps | {name: step for name, step in graphs.items() if step is not None}
+
+
+def captured(name: str, model: Recurrent, step: Step) -> Step | None:
+    """The step as one CUDA graph, gradients in `p.grad`; None, with a line that says why, where that fails."""
+    try:
+        want = gradient(model, step)
+        replay = capture(model, step)
+        error = ((gradient(model, replay) - want).norm() / want.norm()).item()
+        if error > 1e-2:  # TF32 apart
+            raise RuntimeError(f"its replay's gradient is {error:.2g} from the step's")
+        return replay
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        print(f"{name}: left out as a CUDA graph: {type(error).__name__}: {reason}", flush=True)
+        model.zero_grad(set_to_none=True)
+        return None
+
+
+def capture(model: Recurrent, step: Step) -> Step:
+    with torch.cuda.stream(torch.cuda.Stream()):  # also puts the current stream back where the capture fails
+        torch.cuda.synchronize()
         step()
-    torch.cuda.current_stream().wait_stream(side)
-    model.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+        torch.cuda.synchronize()
+        model.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+    grads = [(p, p.grad) for p in model.parameters()]
+
+    def replay() -> None:
+        graph.replay()
+        for p, grad in grads:
+            p.grad = grad
+
+    return replay
 
 
 def gradient(model: Recurrent, step: Step) -> Tensor:
+    """Of the layer's parameters."""
     step()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
+    return torch.cat([p.grad.flatten() for p in model.layers.parameters() if p.grad is not None]).double()
 
 
 def measure(cell: str, width: int, sizes: Sizes, device: torch.device, training: int) -> list[dict[str, Any]]:
@@ -170,27 +204,42 @@ def measure(cell: str, width: int, sizes: Sizes, device: torch.device, training:
         x, y = batch(length, sizes.batch, device)
         steps = candidates(model, x, y, sizes.ks)
         exact = gradient(model, steps[LAYER])
-        cosines = {k: torch.cosine_similarity(gradient(model, steps[str(k)]), exact, 0).item() for k in sizes.ks}
+        cosines = {
+            name: torch.cosine_similarity(gradient(model, steps[name]), exact, 0).item()
+            for name in (f"{kind}{k}" for kind in ("", FPI) for k in sizes.ks)
+        }
+        untimed = {f"{FPI}{k}" for k in sizes.ks if k not in sizes.fpi}
+        steps = {name: step for name, step in steps.items() if name not in untimed}
+        if device.type == "cuda":
+            steps = with_graphs(model, steps)
         repeated = {name: lambda step=step: [step() for _ in range(sizes.steps)] for name, step in steps.items()}
         seconds = interleaved(repeated, sizes.rounds, device)
         ms = {name: statistics.median(times) / sizes.steps * 1e3 for name, times in seconds.items()}
         a, b = fit(sizes.ks, [ms[str(k)] for k in sizes.ks])
         shared = {"cell": cell, "width": width, "length": length, "batch": sizes.batch, "fit_a_ms": a, "fit_b_ms": b}
-        shared |= {f"{name}_ms": ms[name] for name in (LOOP, LAYER, FORWARD, GRAPH) if name in ms}
+        shared |= {f"{name}_ms": ms[name] for name in (LOOP, LAYER, FORWARD)}
+        shared |= {f"{name}_graph_ms": ms.get(f"{name}{GRAPH}") for name in (LOOP, LAYER)}
         for k in sizes.ks:
-            rows.append(shared | {"k": k, "ms": ms[str(k)], "cosine": cosines[k], **speedups(seconds, k)})
+            own = {"k": k, "ms": ms[str(k)], "graph_ms": ms.get(f"{k}{GRAPH}"), "cosine": cosines[str(k)]}
+            fpi = {"fpi_ms": ms.get(f"{FPI}{k}"), "fpi_graph_ms": ms.get(f"{FPI}{k}{GRAPH}")}
+            fpi["fpi_cosine"] = cosines[f"{FPI}{k}"]
+            rows.append(shared | own | fpi | speedups(seconds, k))
         print("\n".join(line(row) for row in rows[-len(sizes.ks) :]), flush=True)
         print(f"{'':17s} fit {a:.2f} + {b:.2f} k ms; torch's forward alone takes {ms[FORWARD]:.2f} ms")
     return rows
 
 
 def speedups(seconds: dict[str, list[float]], k: int) -> dict[str, list[float]]:
-    """How many times as fast as each of the others: median, low, high."""
-    return {
-        f"times_{name}": list(median_interval([a / b for a, b in zip(seconds[name], seconds[str(k)], strict=True)]))
-        for name in (LOOP, LAYER, GRAPH)
-        if name in seconds
-    }
+    """How many times as fast as each of the others, a graph as another's graph: median, low, high."""
+    found: dict[str, list[float]] = {}
+    for kind in ("", GRAPH):
+        own = seconds.get(f"{k}{kind}", [])
+        for name in (LOOP, LAYER):
+            other = seconds.get(f"{name}{kind}", [])
+            if own and other:
+                ratios = [a / b for a, b in zip(other, own, strict=True)]
+                found[f"times_{name}{kind.replace(' ', '_')}"] = list(median_interval(ratios))
+    return found
 
 
 def fit(ks: tuple[int, ...], ms: list[float]) -> tuple[float, float]:
@@ -199,22 +248,28 @@ def fit(ks: tuple[int, ...], ms: list[float]) -> tuple[float, float]:
     return intercept, slope
 
 
+COLUMNS = {
+    "times_loop": "times the loop",
+    "times_layer": "the layer",
+    "times_loop_graph": "graph: the loop",
+    "times_layer_graph": "the layer",
+}
 HEADINGS = (
-    f"{'cell':4s} {'L':>5s} {'width':>5s} {'k':>3s} {'ms':>8s} {'cosine':>7s}  "
-    f"{'times the loop':>20s} {'the layer':>20s} {'the graph':>20s}"
+    f"{'cell':4s} {'L':>5s} {'width':>5s} {'k':>3s} {'ms':>8s} {'cosine':>7s} {'FPI ms':>8s} {'cosine':>7s}  "
+    + " ".join(f"{title:>20s}" for title in COLUMNS.values())
 )
 
 
 def line(row: dict[str, Any]) -> str:
     cells = []
-    for name in (LOOP, LAYER, GRAPH):
-        middle, low, high = row.get(f"times_{name}", [0.0] * 3)
+    for name in COLUMNS:
+        middle, low, high = row.get(name, [0.0] * 3)
         cells.append(f"{middle:6.2f} [{low:.2f}, {high:.2f}]" if middle else "not measured")
+    fpi = "" if row["fpi_ms"] is None else f"{row['fpi_ms']:.2f}"
     ahead = " <" if wins(row) else ""
     return (
-        f"{row['cell']:4s} {row['length']:5d} {row['width']:5d} {row['k']:3d} {row['ms']:8.2f} {row['cosine']:7.4f}  "
-        + " ".join(f"{text:>20s}" for text in cells)
-        + ahead
+        f"{row['cell']:4s} {row['length']:5d} {row['width']:5d} {row['k']:3d} {row['ms']:8.2f} {row['cosine']:7.4f} "
+        f"{fpi:>8s} {row['fpi_cosine']:7.4f}  " + " ".join(f"{text:>20s}" for text in cells) + ahead
     )
 
 

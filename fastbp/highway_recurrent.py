@@ -10,6 +10,10 @@ To autograd a layer is one function that returns all its outputs; the gradient i
 step. So head, stem, residual sums, loss scaling, accumulation and hooks are as in backprop, and stacked layers are
 solved from top to bottom. With rounds for all steps the ordinary backward gives the same gradient, and runs instead.
 
+Without a highway (gamma = 1) a round takes a signal one step back and leaves nothing where it was. With a loss on the
+last step alone, the n-th layer from the top then has signals at the last n k + 1 steps only, and works on these: that
+is truncated backpropagation, at its price.
+
 Reference: Fagnou, Caillon, Delattre, Allauzen (ICLR 2025), arXiv:2501.17086.
 """
 
@@ -26,6 +30,7 @@ from fastbp.chain import Chain
 from fastbp.highway_schedule import ScheduledEstimator
 from fastbp.method import LossFn
 from fastbp.recurrent import Recurrent
+from fastbp.units import unwrapped
 
 if TYPE_CHECKING:
     from fastbp.methods.highway import HighwayBP
@@ -37,16 +42,35 @@ def sees_over_time(model: nn.Module) -> TypeGuard[Recurrent]:
     """Whether the model is a `Recurrent`.
 
     Raises:
-        TypeError: it has recurrent layers, but cannot be seen into.
+        TypeError: it has recurrent layers, but cannot be seen into, or is a `Recurrent` that something wraps.
     """
-    if isinstance(model, Recurrent) and type(model).forward is Recurrent.forward:
-        return True
+    if isinstance(model, Recurrent):
+        kind = type(model)
+        if kind.forward is Recurrent.forward and kind.compute is Recurrent.compute:
+            return True
+    _refuse_wrapped(model)
     if not isinstance(model, Chain | nn.Sequential) and any(isinstance(m, nn.RNNBase) for m in model.modules()):
         raise TypeError(
             f"HighwayBP cannot see into the recurrent layers of this {type(model).__name__}; "
             "pass a fastbp.Recurrent(stem, layers, head, last_step=...)"
         )
     return False
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """Raises TypeError for a wrapper around a `Recurrent`, past which its layers are run."""
+    inside = model.module if isinstance(model, nn.DataParallel) else unwrapped(model)
+    if inside is model or not isinstance(inside, Recurrent):
+        return
+    past = f"HighwayBP runs the layers of a Recurrent itself, past this {type(model).__name__}, which would"
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            f"{past} average no gradients, whether it is there before `bind` or comes after; pass the Recurrent (its "
+            "`.module`), wrap it in nothing, and all-reduce every p.grad after `backward`"
+        )
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(f"{past} split no batch; pass the Recurrent (its `.module`) and wrap it in nothing")
+    raise TypeError(f"{past} compile nothing; pass the Recurrent that torch.compile was given and wrap it in nothing")
 
 
 class HighwayOverTime(ScheduledEstimator):
@@ -61,11 +85,18 @@ class HighwayOverTime(ScheduledEstimator):
         method, growth = self.method, [] if measure else None
         best = method.combination == "min_residual"
         rounds = LayerRounds(iterations, self.schedule.gamma, method.lstm_state, best, growth)
-        loss = self.loss_fn(self.model.compute(x, lambda layer, h: self._run(layer, h, rounds)), y)
+        reaches = bool(self.model.last_step) and rounds.gamma == 1
+        above = iter(reversed(range(len(self.model.layers))))  # layers, each of which reaches k steps back
+
+        def run(layer: nn.Module, h: Tensor) -> Tensor:
+            back = next(above) * iterations
+            return self._run(layer, h, rounds, max(0, len(h) - 1 - back) if reaches else 0)
+
+        loss = self.loss_fn(self.model.compute(x, run), y)
         loss.backward()
         return loss, torch.stack(rounds.growth).amax(0) if rounds.growth else None
 
-    def _run(self, layer: nn.Module, h: Tensor, rounds: LayerRounds) -> Tensor:
+    def _run(self, layer: nn.Module, h: Tensor, rounds: LayerRounds, first: int) -> Tensor:
         steps = self.model.steps
         if steps is not None and len(h) > steps:
             raise ValueError(
@@ -74,22 +105,33 @@ class HighwayOverTime(ScheduledEstimator):
             )
         if rounds.iterations >= len(h) - 1 and not self.method.tolerance:  # which decides by what the rounds change
             return layer(h)[0]
-        return highway_layer(layer, h, rounds)
+        return highway_layer(layer, h, rounds, first)
 
 
-def highway_layer(layer: nn.Module, x: Tensor, rounds: LayerRounds) -> Tensor:
-    """The outputs (T, B, hidden) of an `nn.GRU` or `nn.LSTM` on x (T, B, features), with Highway-BP as the backward."""
+def highway_layer(layer: nn.Module, x: Tensor, rounds: LayerRounds, first: int = 0) -> Tensor:
+    """The outputs (T, B, hidden) of an `nn.GRU` or `nn.LSTM` on x (T, B, features), with Highway-BP as the backward.
+
+    Args:
+        layer, x: as above.
+        rounds: how.
+        first: the first step whose output has a gradient; that of those before is taken to be zero with gamma = 1.
+    """
     (weights,) = layer.all_weights  # type: ignore[misc]
-    return _Layer.apply(x, layer, rounds, *weights)  # type: ignore[return-value]
+    begin = max(0, first - rounds.iterations) if rounds.gamma == 1 else 0
+    return _Layer.apply(x, layer, rounds, begin, *weights)  # type: ignore[return-value]
 
 
 class _Layer(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Module, rounds: LayerRounds, *weights: Tensor) -> Tensor:  # type: ignore[override]
-        out = layer(x)[0]
-        ctx.save_for_backward(x, out, *weights)
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, layer: nn.Module, rounds: LayerRounds, begin: int, *weights: Tensor
+    ) -> Tensor:
+        out, c_before = layer(x)[0], None
+        if begin and isinstance(layer, nn.LSTM):
+            c_before = layer.forward(x[:begin])[1][1][0]  # dearer to find afterwards
+        ctx.save_for_backward(x, out, c_before, *weights)
         ctx.cell = GRU if isinstance(layer, nn.GRU) else LSTM if rounds.lstm_state == "co" else PaperLSTM
-        ctx.rounds = rounds
+        ctx.rounds, ctx.begin = rounds, begin
         kind = x.device.type
         low = torch.is_autocast_enabled(kind) and weights[0].dtype != torch.float64
         ctx.product_dtype = torch.get_autocast_dtype(kind) if low else weights[0].dtype
@@ -98,8 +140,9 @@ class _Layer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, out, *weights = ctx.saved_tensors
-        cell: Cell = ctx.cell(x, out, weights, ctx.product_dtype)
+        x, out, c_before, *weights = ctx.saved_tensors
+        cell: Cell = ctx.cell(x, out, weights, ctx.product_dtype, ctx.begin, c_before)
         cell.solve(grad, ctx.rounds)
         wanted = ctx.needs_input_grad
-        return (cell.input_gradient() if wanted[0] else None, None, None, *cell.weight_gradients(wanted[3:]))
+        of_x, *of_weights = cell.gradients((wanted[0], *wanted[4:]))
+        return (of_x, None, None, None, *of_weights)

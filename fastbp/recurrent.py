@@ -69,6 +69,12 @@ class Recurrent(nn.Module):
 
     def compute(self, x: Tensor, run: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         """The forward with every layer run by `run(layer, h)`: (T, B, features in) to (T, B, features out)."""
+        if isinstance(x, nn.utils.rnn.PackedSequence):
+            raise TypeError(
+                "Recurrent: x is a PackedSequence, but all sequences of a batch have one length here: pass a tensor "
+                "(B, T, features), of sequences of equal length or padded ones (pad_packed_sequence(x, "
+                "batch_first=True)[0]) with a loss that leaves the padding out"
+            )
         h = self.stem(x).transpose(0, 1)
         for i, layer in enumerate(self.layers):
             out = run(layer, h)

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastbp.tapes import Tapes
 
 _RIDGE = 1e-12  # on a diagonal of ones: columns that are multiples of each other get the smallest coefficients
+_PIECE, _PIECES = 2**12, 64  # entries of a state in one piece of its Gram matrix, at least; and pieces, at most
 
 
 def sum_of_increments(
@@ -87,9 +88,13 @@ def coefficients(increments: Sequence[Sequence[Tensor]]) -> Tensor:
     k, home = len(increments) - 1, increments[0][0].device
     gram = torch.zeros(k + 1, k + 1, dtype=torch.float64, device=home)
     for i in range(1, len(increments[0])):
-        here = torch.stack([d[i].flatten() for d in increments if i < len(d)]).double()
-        rows = torch.cat([here[:-1] - here[1:], here[-1:]])  # what is left after them, d^k, is the last of k + 1
-        gram[: len(rows), : len(rows)] += (rows @ rows.T).to(home)
+        some = [d[i] for d in increments if i < len(d)]
+        pieces = max(1, min(_PIECES, some[0].numel() // _PIECE))  # in float64 one at a time
+        for slices in zip(*(d.chunk(pieces) for d in some), strict=True):
+            here = torch.stack([d.flatten() for d in slices]).double()
+            rows = here.clone()  # what is left after them, d^k, is the last of k + 1
+            rows[:-1] -= here[1:]
+            gram[: len(rows), : len(rows)] += (rows @ rows.T).to(home)
     scale = gram.diagonal()[:k].clamp_min(torch.finfo(torch.float64).tiny).rsqrt()
     normal = scale[:, None] * gram[:k, :k] * scale + _RIDGE * torch.eye(k, dtype=gram.dtype, device=gram.device)
     factor, _ = torch.linalg.cholesky_ex(normal)

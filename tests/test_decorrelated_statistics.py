@@ -1,5 +1,7 @@
 """DecorrelatedBP: its rates and noise away from white, the optimizer-side form, uneven blocks, one sample per step."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
@@ -294,3 +296,23 @@ def test_a_report_sees_the_layers_of_torchs_encoder():
     model = nn.Sequential(nn.TransformerEncoder(block, 1, enable_nested_tensor=False), nn.Flatten(), nn.Linear(24, 2))
     estimator = DecorrelatedBP().bind(model, cross_entropy)
     assert all(row["loss"] is not None for row in estimator.report(torch.randn(4, 3, 8)))
+
+
+def test_a_report_measures_while_the_model_is_on_one_device(monkeypatch):
+    """Of a net that a method has on several: there the matrices would not be where the batch is."""
+    estimator = DecorrelatedBP().bind(net(), cross_entropy)
+    gathered, measure = [], estimator._losses_of
+
+    @contextmanager
+    def whole():
+        gathered.append(True)
+        yield estimator.model
+        gathered.clear()
+
+    def measured(path):
+        assert gathered, f"layer {path} is measured where it trains"
+        return measure(path)
+
+    monkeypatch.setattr(estimator.inner, "whole", whole)
+    monkeypatch.setattr(estimator, "_losses_of", measured)
+    assert len(estimator.report(batches(1)[0][0])) == 4

@@ -36,6 +36,9 @@ def test_the_benchmark_times_every_candidate(tmp_path):
             assert 0 < low <= middle <= high, f"{name}: {row[name]}"
         assert row["loop_ms"] > 0
         assert 0.3 < row["cosine"] < 1.0001, row
+        assert 0.3 < row["fpi_cosine"] < row["cosine"], row
+        assert (row["fpi_ms"] is None) == (row["k"] == 0), "FPI is timed at k = 2 alone"
+        assert "times_loop_graph" not in row, "there are no graphs without CUDA"
     cosines = [row["cosine"] for row in found["rows"]]
     assert all(more > less for less, more in zip(cosines[::2], cosines[1::2], strict=True)), f"k = 0, 2: {cosines}"
     assert "not measured" in done.stdout
@@ -48,13 +51,82 @@ def test_every_candidate_takes_the_gradient_it_is_timed_for(script):
         x, y = script.batch(10, 3, torch.device("cpu"))
         steps = script.candidates(model, x.double(), y, (1, 10))
         exact = script.gradient(model, steps["layer"])
-        for name, same in (("loop", True), ("10", True), ("1", False)):
+        for name, same in (("loop", True), ("10", True), ("1", False), ("fpi 10", True), ("fpi 1", False)):
             got = script.gradient(model, steps[name])
             assert torch.allclose(got, exact, rtol=1e-9, atol=1e-12) == same, f"{cell}: {name}"
+        assert exact.numel() == sum(p.numel() for p in model.layers[0].parameters()), "the head's gradient is exact"
+
+
+def test_fpi_is_truncated_backpropagation_with_a_sliding_window(script):
+    """Every step's loss through the k + 1 cells that end there: its last cells in a sequence cut off before them."""
+    k = 2
+    for cell in ("gru", "lstm"):
+        model = script.net(cell, 8, torch.device("cpu")).double()
+        x, y = script.batch(7, 3, torch.device("cpu"))
+        got = script.gradient(model, script.candidates(model, x.double(), y, (k,))[f"fpi {k}"])
+        layer, want = model.layers[0], torch.zeros_like(got)
+        h = x.double().transpose(0, 1)
+        for t in range(7):
+            start, state = max(0, t - k), None
+            if start:
+                with torch.no_grad():
+                    state = layer(h[:start])[1]
+            logits = model.head(layer(h[start : t + 1], state)[0][-1])
+            grads = torch.autograd.grad(script.loss_of(logits[:, None], y[:, t : t + 1]) / 7, list(layer.parameters()))
+            want += torch.cat([grad.flatten() for grad in grads])
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+
+
+def test_a_candidate_that_cannot_be_captured_is_left_out_with_the_reason(script, monkeypatch, capsys):
+    model = script.net("gru", 8, torch.device("cpu"))
+    x, y = script.batch(10, 3, torch.device("cpu"))
+    steps = script.candidates(model, x, y, (1,))
+    refused = {steps["layer"]: "capture", steps["1"]: "replay"}
+
+    def capture(model, step):
+        if refused.get(step) == "capture":
+            raise RuntimeError("operation not permitted\nwhen a stream is capturing")
+        return steps["fpi 1"] if step in refused else step
+
+    monkeypatch.setattr(script, "capture", capture)
+    found = script.with_graphs(model, steps)
+    assert list(found) == [*steps, "loop graph", "fpi 1 graph"]
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "layer: left out as a CUDA graph: RuntimeError: operation not permitted"
+    assert said[1].startswith("1: left out as a CUDA graph: RuntimeError: its replay's gradient is 0."), said
+    assert all(p.grad is not None for p in model.parameters()), "fpi 1 came last, and was not left out"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a real capture, made to fail by having no CUDA")
+def test_a_real_capture_that_fails_does_not_end_the_script(script, capsys):
+    model = script.net("gru", 8, torch.device("cpu"))
+    steps = script.candidates(model, *script.batch(10, 3, torch.device("cpu")), (1,))
+    assert script.with_graphs(model, steps) == steps
+    assert capsys.readouterr().out.count("left out as a CUDA graph") == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("cell", ["gru", "lstm"])
+def test_graphs_take_the_gradient_of_their_step(script, cell, capsys):
+    """`captured` compares them; that none is left out is what is tested."""
+    device = torch.device("cuda")
+    model = script.net(cell, 8, device)
+    steps = script.candidates(model, *script.batch(32, 4, device), (0, 5))
+    found = script.with_graphs(model, steps)
+    assert len(found) == 2 * len(steps) - 1, capsys.readouterr().out
+
+
+def test_graphs_are_compared_with_graphs(script):
+    seconds = {"loop": [8.0], "layer": [4.0], "5": [2.0], "loop graph": [3.0], "5 graph": [1.0]}
+    found = {name: ratio[0] for name, ratio in script.speedups(seconds, 5).items()}
+    assert found == {"times_loop": 4.0, "times_layer": 2.0, "times_loop_graph": 3.0}
+    assert script.speedups(seconds, 20) == {}
 
 
 def row(script, **values):
     one = {"cell": "gru", "width": 8, "length": 1024, "k": 5, "ms": 1.0, "cosine": 0.9}
+    one |= {"fpi_ms": None, "fpi_cosine": 0.8}
     return one | {"times_loop": [4.0, 3.9, 4.1], "times_layer": [1.6, 1.5, 1.7]} | values
 
 

@@ -169,6 +169,17 @@ def test_min_residual_is_exact_with_as_many_rounds_as_steps_and_tames_cancelling
     assert errors[True, 4] < errors[False, 4], errors
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_increments_with_the_coefficient_one_are_the_plain_sum(kind, monkeypatch):
+    monkeypatch.setattr(cell_rounds, "coefficients", lambda increments: torch.ones(len(increments) - 1))
+    layer, x = layer_and_input(kind, 10)
+    G = torch.randn(10, 2, 5, dtype=torch.float64)
+    for k in (1, 2, 5):
+        best, plain = (LayerRounds(k, 0.1, KINDS[kind][2], min_residual=some) for some in (True, False))
+        for a, b in zip(layer_gradients(layer, x, G, best), layer_gradients(layer, x, G, plain), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-13)
+
+
 def test_min_residual_reaches_the_rounds():
     model, x, y = net_and_batch("gru", steps=12, scale=4.0)
     exact = gradients(model, x, y, Backprop())
@@ -277,7 +288,7 @@ def test_only_products_are_in_bfloat16(cell):
     solved = cell(x, out, [w.detach() for w in layer.all_weights[0]], torch.bfloat16)
     solved.solve(torch.randn_like(out), LayerRounds(2, 0.1))
     assert solved.pushed.dtype == torch.bfloat16
-    for part in (*solved.signals, solved.factors, solved.keep, solved.g):
+    for part in (*solved.signals, solved.factors, solved.g):
         assert part.dtype == torch.float32, f"{part.dtype} in {cell.__name__}"
 
 
@@ -436,10 +447,48 @@ def test_other_refusals():
 
     with pytest.raises(TypeError, match=r"^HighwayBP cannot see into the recurrent layers of this Own; pass a fastbp"):
         HighwayBP().bind(Own(), tokens_loss)
+
+    class Pooled(Recurrent):
+        def compute(self, x, run):
+            return super().compute(x, run).mean(0)
+
+    with pytest.raises(TypeError, match=r"^HighwayBP cannot see into the recurrent layers of this Pooled; pass a"):
+        HighwayBP().bind(Pooled(net.stem, net.layers, net.head, last_step=True), tokens_loss)
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(2, 2)])
+    for run in (net, HighwayBP().bind(net, tokens_loss).forward):
+        with pytest.raises(TypeError, match=r"^Recurrent: x is a PackedSequence, but all sequences of a batch have"):
+            run(packed)
     assert HighwayBP().exact(net) is None, "without `steps` nobody knows how many rounds are exact"
     net.steps = 3
     with pytest.raises(ValueError, match="a sequence of 4 steps for a Recurrent with steps=3"):
         HighwayBP(iterations=1).bind(net, tokens_loss).backward(x, y)
+
+
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "told"),
+    [
+        (
+            nn.parallel.DistributedDataParallel,
+            "average no gradients, whether it is there before `bind` or comes after;",
+        ),
+        (nn.DataParallel, r"split no batch; pass the Recurrent \(its `\.module`\) and wrap it in nothing$"),
+        (torch.compile, "compile nothing; pass the Recurrent that torch.compile was given and wrap it in nothing$"),
+    ],
+    ids=["DistributedDataParallel", "DataParallel", "compiled"],
+)
+def test_a_wrapped_net_is_told_from_another(wrap, told, process_group):
+    model, _, _ = net_and_batch("gru")
+    wrapped = wrap(model)
+    said = f"^HighwayBP runs the layers of a Recurrent itself, past this {type(wrapped).__name__}, which would {told}"
+    with pytest.raises(TypeError, match=said):
+        HighwayBP().bind(wrapped, tokens_loss)
 
 
 def test_decorrelation_takes_what_is_linear_in_it():

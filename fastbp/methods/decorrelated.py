@@ -393,10 +393,10 @@ class _DecorrelatedBP(WrappingEstimator):
         notes = [(layer, self._note(path)) for path, layer in self.layers.items()]
         hooks = [layer.register_forward_pre_hook(note, prepend=True, with_kwargs=True) for layer, note in notes]
         try:
-            with self.whole() as model:
+            with self.whole() as model:  # to the end: the matrices have to be where x is
                 model.eval()(x)  # with a graph: without one torch's encoder layers call none of their parts
-            with torch.autocast(self.generator.device.type, enabled=False), torch.no_grad():
-                return {path: self._losses_of(path) for path in self.kept}
+                with torch.autocast(self.generator.device.type, enabled=False), torch.no_grad():
+                    return {path: self._losses_of(path) for path in self.kept}
         finally:
             self.kept, self.totals, self.chosen = before
             for hook in hooks:
