@@ -83,7 +83,8 @@ def table_of(before, after):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("n", "methods", "shared"), [(5, 4, True), pytest.param(3, 4, True, marks=pytest.mark.long), (5, 4, False)]
+    ("n", "methods", "shared"),
+    [(5, 4, True), pytest.param(3, 4, True, marks=pytest.mark.long), pytest.param(5, 4, False, marks=pytest.mark.long)],
 )
 def test_two_equal_sweeps_differ_in_at_most_7_percent(n, methods, shared):
     random, declared, single = np.random.default_rng(n), 0, []

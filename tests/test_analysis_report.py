@@ -160,6 +160,7 @@ def test_unicode_names(tmp_path):
     assert rows_of(contents, "pareto")[-1]["arm"].startswith("模型")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_several_processes_draw_the_same_bytes(tmp_path):
     made = build([write(tmp_path / "records.jsonl", synthetic(3) + search_lines())])

@@ -141,6 +141,7 @@ def test_known_train_seconds_do_not_move_by_one_percent(tmp_path):
     assert abs(moved) < 0.01, f"train_seconds moved by {moved:+.2%}"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_real_train_seconds_do_not_move(tmp_path):
     """More evaluation, a sleeping driver and larger checkpoints between epochs move train_seconds by less than 1 %.

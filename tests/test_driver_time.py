@@ -39,6 +39,7 @@ def measured(callbacks, folder, name):
     return RunRecord(**result.metrics["end"])
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_sleeping_callback_does_not_move_train_seconds(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

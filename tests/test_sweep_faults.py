@@ -89,6 +89,7 @@ def test_a_driver_killed_twice_a_torn_line_and_a_poisoned_checkpoint(victim, tmp
     assert sweep.runs()[hurt.run_key].resumed, "the run did not continue from the older checkpoint"
 
 
+@pytest.mark.long
 def test_a_signal_saves_the_trials_under_way(victim, tmp_path):
     text = (
         TASK + "arms: {slow: {method: 'fault_methods:Slow', seconds: 0.2, recipe: {lr: {log_uniform: [0.01, 0.5]}}}}\n"
