@@ -29,11 +29,11 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[left_out], ordered[n - 1 - left_out]
 
 
-def environment() -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Of what was measured: on this device, or on what the machine trains on."""
     commit, dirty = git_state()
     return {
-        "device": device_fingerprint(device),
+        "device": device_fingerprint(device or torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "software": software_fingerprint(),
         "git_commit": commit,
         "git_dirty": dirty,

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +55,7 @@ FEWER = {"vgg16": 3}  # rounds at most on a CPU, where one takes minutes
 QUICK_ROWS = [("resnet20", 16, 2)]
 CLAIMED = "block, p = 0.01"  # of the net at CIFAR size
 FRACTIONS, INTERVALS = (0.1, 0.01), (1, 10)
+T = TypeVar("T")
 
 
 def make(name: str) -> nn.Module:
@@ -101,6 +104,7 @@ class TwoStage(nn.Module):
         M = (1 - kappa) * K
         M.diagonal().copy_(kappa * (K.diagonal() - 1))
         self.R = self.R - decor_lr * M @ self.R
+        self.z = torch.empty(0)  # as for gradients below
 
 
 def naive_step(net: nn.Module, fraction: float, x: Tensor, y: Tensor) -> tuple[Callable[[], None], Any]:
@@ -115,11 +119,11 @@ def naive_step(net: nn.Module, fraction: float, x: Tensor, y: Tensor) -> tuple[C
     optimizer = torch.optim.SGD(net.parameters(), 1e-3, momentum=0.9)
 
     def step() -> None:
-        optimizer.zero_grad()
         functional.cross_entropy(net(x), y).backward()
         optimizer.step()
         for stage in stages:
             stage.update(1e-5, 1e-2)
+        optimizer.zero_grad()  # the other candidates need the room
 
     return step, None
 
@@ -129,9 +133,9 @@ def our_step(net: nn.Module, method: Any, x: Tensor, y: Tensor) -> tuple[Callabl
     optimizer = torch.optim.SGD(estimator.model.parameters(), 1e-3, momentum=0.9)
 
     def step() -> None:
-        optimizer.zero_grad()
         estimator.backward(x, y)
         optimizer.step()
+        optimizer.zero_grad()
 
     return step, estimator
 
@@ -184,18 +188,13 @@ def measure(
     periods = {label: getattr(methods.get(label), "interval", 1) for label in makers}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of layers beyond max_features: both implementations leave them plain
-        peaks: dict[str, int | None] = {}
-        for label, maker in list(makers.items()):
-            try:
-                peaks[label] = peak_bytes(maker, periods[label], device)
-            except torch.OutOfMemoryError:
-                del makers[label]
-                print(f"{name}, {label}: does not fit into the GPU's memory")
-        made = {label: maker() for label, maker in makers.items()}
+        peaks = fitting(name, {label: partial(peak_bytes, makers[label], periods[label], device) for label in makers})
+        made = {label: makers[label]() for label in peaks}
     calls = {label: repeated(step, periods[label]) for label, (step, _) in made.items()}
     estimators = {label: estimator for label, (_, estimator) in made.items() if estimator is not None}
     plain = estimators.pop("backprop")
-    seconds = interleaved(calls, rounds, device)
+    made.clear()
+    seconds = timed(name, calls, peaks, rounds, device)
     base_flops = step_flops(plain, x, y)
     rows = []
     for label in calls:
@@ -231,6 +230,30 @@ def measure(
     return rows
 
 
+def fitting(name: str, runs: dict[str, Callable[[], T]]) -> dict[str, T]:
+    """What each of them returns; those for which the GPU has no room are left out, and named."""
+    found = {}
+    for label, run in runs.items():
+        try:
+            found[label] = run()
+        except torch.OutOfMemoryError:
+            print(f"{name}, {label}: does not fit into the GPU's memory")
+    return found
+
+
+def timed(
+    name: str, calls: dict[str, Callable[[], None]], peaks: dict[str, int | None], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """As `interleaved`; the largest candidates, for which the GPU has no room beside the others, leave `calls`."""
+    while True:
+        try:
+            return interleaved(calls, rounds, device)
+        except torch.OutOfMemoryError:
+            largest = max(calls, key=lambda label: peaks[label] or 0)
+        del calls[largest]
+        print(f"{name}, {largest}: does not fit into the GPU's memory beside the others")
+
+
 def repeated(step: Callable[[], None], times: int) -> Callable[[], None]:
     def call() -> None:
         for _ in range(times):
@@ -243,6 +266,7 @@ def peak_bytes(maker: Callable[[], tuple[Callable[[], None], Any]], steps: int, 
     """The most memory that one candidate allocates by itself, matrices and optimizer included; unknown on a CPU."""
     if device.type != "cuda":
         return None
+    gc.collect()  # hooks hold the candidate before this one in cycles
     before = torch.cuda.memory_allocated(device)
     step, _ = maker()
     repeated(step, steps)()
@@ -322,6 +346,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one net and two rounds, to see that it runs")
     parser.add_argument("--out", default="results/benchmarks/dbp_overhead.json")
     arguments = parser.parse_args()
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # the naive peers fill the GPU
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")  # on a GPU the convolutions run in TF32; so do the products with R
     torch.backends.cudnn.benchmark = True

@@ -192,8 +192,9 @@ def main() -> None:
     show_naps(naps)
     rows = step_rows(rounds, steps, net, MICRO_BATCHES[:1] if arguments.quick else MICRO_BATCHES)
     show_steps(rows)
-    found = {"quick": arguments.quick, "net": net, "rounds": rounds, "steps": steps}
-    write_json(arguments.out, found | {"rows": rows, "naps": naps, "memory": memory, **environment()})
+    place = environment(torch.device("cuda" if devices_suffice(2) else "cpu"))
+    found = {"quick": arguments.quick, "net": net, "rounds": rounds, "steps": steps, **place}
+    write_json(arguments.out, found | {"rows": rows, "naps": naps, "memory": memory})
     if arguments.quick:
         return
     throughput = {f"times {row['name']}": row["ddg_throughput"] for row in rows if row["name"] in LIMITS}

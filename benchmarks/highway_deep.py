@@ -171,7 +171,7 @@ def parts_of(setting: Setting, x: Tensor) -> dict[str, Step]:
         states = [model.stem(x)]
         for block in blocks:
             states.append(block(states[-1]))
-    signals = [torch.randn_like(h) for h in states]
+    signals = [torch.ones_like(h) for h in states]  # a capture that failed leaves a GPU without random numbers
     parts: dict[str, Step] = {"forward": lambda: model(x)}
     looped = Tapes(BlockPlan(blocks), states[0])
     parts["VJPs, loop"] = lambda: looped.cross(signals, len(blocks))
@@ -184,15 +184,14 @@ def parts_of(setting: Setting, x: Tensor) -> dict[str, Step]:
 
 def captured(step: Step) -> Step:
     """The step as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(torch.cuda.Stream()):  # also puts the current stream back where the capture fails
+        torch.cuda.synchronize()
         for _ in range(3):
             step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
     return graph.replay
 
 
@@ -343,9 +342,9 @@ def main() -> None:
         sizes = (2, 2) if arguments.quick else (arguments.rounds, TRAINING_STEPS)
         nets.append(measure(setting, device, *sizes))
         show(nets[-1])
+        write_json(arguments.out, {"quick": arguments.quick, "nets": nets, **environment(device)})  # the next may fail
     if not on_gpu:
         print("\nnot measured: a GPU, and CUDA graphs")
-    write_json(arguments.out, {"quick": arguments.quick, "device": device.type, "nets": nets, **environment()})
     if arguments.quick:
         return
     worst = max(row["model"] / row["speed_up"] for found in nets for row in found["rows"])

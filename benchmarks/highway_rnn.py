@@ -326,7 +326,7 @@ def main() -> None:
     print("\n".join(drawn))
     gpu = "measured" if device.type == "cuda" else "not measured"
     facts = {"quick": arguments.quick, "gpu": gpu, "rounds": sizes.rounds, "map": drawn}
-    write_json(arguments.out, facts | {"rows": rows, "limits": LIMITS, **environment()})
+    write_json(arguments.out, facts | {"rows": rows, "limits": LIMITS, **environment(device)})
     if arguments.quick:
         return
     for kind in LIMITS.keys() - {device.type}:

@@ -244,7 +244,7 @@ def main() -> None:
     print(f"threads: {torch.get_num_threads()}; GPU: {gpu}")
     sentence = verdict(rows)
     facts = {"limit": REALISED, "holds": sentence is None, "quick": arguments.quick, "rounds": rounds, "gpu": gpu}
-    write_json(arguments.out, facts | {"masks": arguments.masks, "rows": rows, **environment()})
+    write_json(arguments.out, facts | {"masks": arguments.masks, "rows": rows, **environment(device)})
     if sentence and not arguments.quick:
         raise SystemExit(sentence)
     worst = min(r["realised"] for r in rows)

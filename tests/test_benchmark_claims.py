@@ -6,8 +6,10 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from scipy.stats import binom
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -100,3 +102,20 @@ def check_end(benchmark, said, out):
         assert said in str(ended.value)
         assert len(str(ended.value).splitlines()) == 1
     assert json.loads(out.read_text()), "the figures are lost"
+
+
+@pytest.mark.parametrize(("name", "flags"), [("highway_rnn", ["--cpu"]), ("highway_deep", ["--cpu"])])
+def test_the_record_names_the_device_that_was_measured(script, monkeypatch, tmp_path, name, flags):
+    """Which is not the GPU of the machine where the CPU was asked for."""
+    benchmark = script(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(name="GPU", uuid="", total_memory=1)
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 1)
+    monkeypatch.setattr(benchmark, "measure", lambda *_: {})
+    monkeypatch.setattr(benchmark, "show", lambda _: None, raising=False)
+    monkeypatch.setattr(benchmark, "win_map", lambda _: [], raising=False)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--quick", *flags])
+    benchmark.main()
+    assert json.loads((tmp_path / "out.json").read_text())["device"]["type"] == "cpu"

@@ -1,11 +1,14 @@
 """The benchmark of decorrelated backprop's overhead runs, and says what it did not measure."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("timm")
 ROOT = Path(__file__).parents[1]
@@ -28,7 +31,6 @@ def test_the_benchmark_measures_every_candidate_and_names_what_is_missing(tmp_pa
 
 def test_the_naive_peer_computes_the_same_net(monkeypatch):
     """Two stages, R = I: the output of the plain layer, and after an update that of the folded weight."""
-    import torch
     from torch import nn
 
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -45,3 +47,44 @@ def test_the_naive_peer_computes_the_same_net(monkeypatch):
         folded = (peer.W.flatten(1) @ peer.R).reshape(layer.weight.shape)
         layer.weight.data.copy_(folded)
         torch.testing.assert_close(peer(x), layer(x))
+
+
+def test_the_peak_of_a_candidate_is_not_made_smaller_by_the_one_before(monkeypatch):
+    """Which is in a cycle, and may go while the next one is measured."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from dbp_overhead import peak_bytes
+
+    class Candidate:
+        def __init__(self):
+            self.myself = self
+            alive.add(self)
+
+        def step(self):
+            pass
+
+    alive = weakref.WeakSet()
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: len(alive))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: gc.collect())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: len(alive))
+    peaks = [peak_bytes(lambda: (Candidate().step, None), 1, torch.device("cuda")) for _ in range(3)]
+    assert peaks == [1, 1, 1]
+
+
+def test_candidates_that_do_not_fit_are_left_out_and_named(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from dbp_overhead import fitting, timed
+
+    def too_large():
+        if "large" in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def never():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert fitting("net", {"a": lambda: 1, "b": never}) == {"a": 1}
+    assert capsys.readouterr().out == "net, b: does not fit into the GPU's memory\n"
+    calls = {"small": too_large, "large": too_large}
+    seconds = timed("net", calls, {"small": 1, "large": 2}, 3, torch.device("cpu"))
+    assert {label: len(times) for label, times in seconds.items()} == {"small": 3}
+    assert list(calls) == ["small"], "rows are made of what is left"
+    assert capsys.readouterr().out == "net, large: does not fit into the GPU's memory beside the others\n"
