@@ -2,43 +2,51 @@
 
 Idea        Start from the gradient through the cheap merges alone; each round adds the paths that cross one more
             branch. After k rounds a block's error signal is the sum over all paths through at most k branches.
-Exact when  iterations >= number of blocks (the blocks' own parameters already at one less).
+Exact when  iterations >= number of blocks (the blocks' own parameters already at one less; not with min_residual).
 Needs       Chain of Residual blocks, or a model that `as_chain` can see into; or `fastbp.Recurrent`, a GRU or LSTM
-            over time, where a block is a step. Leaf.
+            over time, where a block is a step. Leaf. The plain model, neither in DistributedDataParallel nor in
+            torch.compile; activation checkpoints with use_reentrant=False and no batch norm inside.
 Cost        Forward as backprop. k rounds of input VJPs of all blocks (parallel over blocks in principle), then one
             pass for the parameters: about (k+3)/3 of backprop's FLOPs; `batched` adds one forward of the blocks.
-            Memory: backprop's, held longer, plus three states per block (k more with min_residual).
+            Memory at depth: backprop's, held longer, plus three states per block (k more with min_residual). Over time,
+            in sequences (T, B, hidden) per layer beside input, output and gradient: 11 for a GRU, 14 for an LSTM (16 as
+            `ch`), up to 2 more with gamma; with min_residual k + 12 and 2 k + 16 (`ch`: 2 k + 17).
             `devices` share out blocks, weights and memory and all work in a round, launched by one thread; the forward
             goes from one to the next. Speed on several GPUs: not measured.
             Over time a round is one matrix product and one scan for all steps: cheap beside a step-by-step backward. On
-            one CPU thread, batch 8, 1024 steps, k = 5, a GRU's training step is 5.6 times as fast as a Python loop's
-            and 4.2 times as fast as with torch's own layer at width 16 (cosine to the gradient .97; k = 20: 3.5, 3.0,
-            1.00), 2.2 and 1.9 times at width 64 (.83); an LSTM's 7.5 and 0.4 times at width 16, 2.0 and 0.3 at 64:
-            torch has one kernel for all of its steps there (benchmarks/highway_rnn.py). At depth, on the same thread,
-            `batched` is 1.13 times as fast as backprop at k = 0 [0.92, 1.22] and 0.79 at k = 3 on a GPT of 24 blocks of
-            width 32 and 8 tokens (cosines .77, 1.00); larger GPTs, a ViT and ResNet-110 are, in the better of the two
-            forms, 0.92 to 0.98 times as fast at k = 0 (cosine .10 to .66) and 0.30 to 0.43 at k = 5 (.45 for the
-            ResNet, .99 else; benchmarks/highway_deep.py).
+            one CPU thread, batch 8, 1024 steps, k = 5, a GRU's training step is 6.6 times as fast as a Python loop's
+            and 4.8 times as fast as with torch's own layer at width 16 (cosine to the layer's gradient .96; k = 20:
+            4.1, 3.0, 1.00), 2.4 and 2.0 times at width 64 (.82); an LSTM's 10 and 0.5 times at width 16, 2.3 and 0.3 at
+            64: torch has one kernel for all of its steps there (benchmarks/highway_rnn.py). gamma = 1 with a loss on
+            the last step is truncated backprop and works on the last n k + 1 steps of the n-th layer from the top.
+            At depth it is at no k faster than backprop on a CPU. The better of the two forms over the better of eager
+            and compiled backprop, k = 0, 3, 5: 0.69, 0.48, 0.42 times as fast on a GPT of 24 blocks of width 32 and 8
+            tokens; 0.86, 0.38, 0.27 with width 64 and 8 x 64 tokens; 0.94 [0.93, 1.02], 0.47, 0.36 on a ResNet-110
+            (benchmarks/highway_deep.py). Over eager backprop alone `batched` wins on the smallest net: 1.15 [1.04,
+            1.26] at k = 0. Cosines after 200 steps, k = 0, 3: .42 to .64, .98 to 1.00; of the ResNet-110 .08, .42.
 Departs     Rounds run as a serial loop over blocks, so on one device every k >= 1 is slower than backprop; with
-            `batched`, blocks of equal structure are one call. Between `devices` the scan is walked, one tensor per cut,
-            where log2(devices) hops would do. A round skips blocks whose signal is final (w_i after L-i rounds).
-            The scan starts from K_{i+1}, which the paper's printed algorithm misindexes. The merge's Jacobian is
-            applied as a VJP, whatever it is; of a post-LN block K is the diagonal of its norm, the rest counts as J.
-            A block that downsamples keeps its shortcut as K; the paper's stream at full resolution, where K = I, is
-            `stream: full` among the model_args of resnet20 to resnet110, a net of its own: shortcuts average. The
-            paper's ResNet-110 is `{stream: full, activation: post}`, where the ReLU after the sum is part of K.
+            `batched`, blocks of equal structure are one call, and `bind` refuses nets without any. Between `devices`
+            the scan is walked, one tensor per cut, where log2(devices) hops would do. A round skips blocks whose signal
+            is final (w_i after L-i rounds). The scan starts from K_{i+1}, which the paper's printed algorithm
+            misindexes. The merge's Jacobian is applied as a VJP, whatever it is; of a post-LN block K is the diagonal
+            of its norm, the rest counts as J. A block that downsamples keeps its shortcut as K; a transition without
+            one (patch merging, ConvNeXt's downsampling, the first norm of a ResNetV2 stage, a plain layer between
+            Residuals) is K whole, J = 0, and differentiated in each of the k + 1 scans. The paper's stream at full
+            resolution, where K = I, is `stream: full` among the model_args of resnet20 to resnet110, a net of its own:
+            shortcuts average. Its ResNet-110 is `{stream: full, activation: post}`; the ReLU after a sum is part of K.
             Growing iterations, gamma over epochs, tolerance and min_residual are not in the paper; all are off.
-Not for     Speed on one device, but over time, or where `batched` blocks are too small to fill it
-            (benchmarks/highway_deep.py), ResNets never; LSTMs on a CPU; late training of transformers at small k, and
-            LSTMs over long times, where blocks or steps cancel the stream and the error grows before it falls (LSTM of
-            64, 1024 steps: cosine .89 at k = 10, .42 at 20): raise gamma, or combination = min_residual. Small nets on
-            one CPU thread, test accuracy in % (sweeps/highway_iterations*.yaml). GRU of 32 over 64 steps, 5 seeds:
-            backprop 78.3, k = 10 82.2 (+3.9 [-1.7, 9.4]) at 0.82 of its speed, truncated backprop (gamma = 1, k = 10)
-            64.5; k = 0, 1, 2, 5, 10, 20, 3 seeds: 67, 69, 72, 79, 82, 81, and with gamma = 1 52, 56, 60, 67, 69, 75.
-            ResNet-20, 5 epochs: backprop 35.7, k = 3 34.5 (-1.2 [-3.0, 0.6]) at 0.47 of its speed, growing k 35.4 at
-            0.59, a tolerance 35.7 at 0.33; k = 0, 1, 3, 8, 2 seeds: 31.7, 34.1, 34.4, 34.7, gamma = 1: 25.7, 27.8,
-            30.7, 35.1. GPT of 8 blocks, 8 epochs: backprop 27.7, k = 3 27.8 at 0.40, min_residual 28.2 at 0.37; gamma
-            up to .2 moves 0.3 at most, gamma = 1 costs 2.6 to 5.3, 2 seeds.
+Not for     Speed on one device, but over time; LSTMs on a CPU; late training of transformers at small k, and LSTMs over
+            long times, where blocks or steps cancel the stream and the error grows before it falls (LSTM of 64, 1024
+            steps: cosine .89 at k = 10, .41 at 20, where gamma = 1 has .95): watch `cosine_every`, raise gamma, or
+            combination = min_residual. At k = 20 a GRU of 64 is no nearer with the highway (.96) than without (.97).
+            Small nets on one CPU thread, test accuracy in % (sweeps/highway_iterations*.yaml). GRU of 32 over 64 steps,
+            5 seeds: backprop 78.3, k = 10 82.2 (+3.9 [-1.7, 9.4]) at 0.84 of its speed, truncated backprop (gamma = 1,
+            k = 10) 64.5 at 1.84; k = 0, 1, 2, 5, 10, 20, 3 seeds: 67, 69, 72, 79, 82, 81, and with gamma = 1 52, 56,
+            60, 67, 69, 75. ResNet-20, 5 epochs: backprop 35.7, k = 3 34.5 (-1.2 [-3.0, 0.6]) at 0.47 of its speed,
+            growing k 35.4 at 0.59, a tolerance 35.7 at 0.33; k = 0, 1, 3, 8, 2 seeds: 31.7, 34.1, 34.4, 34.7, gamma =
+            1: 25.7, 27.8, 30.7, 35.1. GPT of 8 blocks, 8 epochs: backprop 27.7, k = 3 27.8 at 0.40, rising gamma 26.2
+            (-1.5 [-6.9, 3.9]) at 0.39, min_residual 28.2 at 0.37; gamma up to .2 moves 0.3 at most, gamma = 1 costs 2.6
+            to 5.3, 2 seeds.
 Reference   Fagnou, Caillon, Delattre, Allauzen (ICLR 2025), arXiv:2501.17086.
 """
 
@@ -82,7 +90,8 @@ class HighwayBP(Method):
         combination: of the increments of the rounds: their `sum` (the paper), or the combination with the smallest
             residual of the adjoint equation (`min_residual`).
         batched: whether blocks of equal structure (linear layers, layer norms, activations, attention) run as one call
-            per round: the same sums in another order. It pays where a block is too small to fill the device.
+            per round: the same sums in another order. It pays where a block is too small to fill the device. Without
+            dropout; an error where no two blocks are equal.
         lstm_state: of an LSTM over time, what one step hands to the next: `co`, cell state and output gate, or `ch`,
             cell state and output (the paper), which wastes a round. Other nets do not have it.
         devices: names of torch devices; each takes an equal share of consecutive blocks, the first the stem too, the
