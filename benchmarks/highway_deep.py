@@ -336,6 +336,7 @@ def main() -> None:
     on_gpu = torch.cuda.is_available() and not arguments.cpu
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high" if on_gpu else "highest")  # TF32, as a GPU's convolutions have it
     settings = QUICK if arguments.quick else GPU if on_gpu else CPU
     nets = []
     for setting in settings:

@@ -322,6 +322,7 @@ def main() -> None:
     for cell in arguments.cells:
         for width in sizes.widths:
             rows += measure(cell, width, sizes, device, 2 if arguments.quick else TRAINING_STEPS)
+            write_json(arguments.out, {"rows": rows, **environment(device)})  # the next may fail
     drawn = win_map(rows)
     print("\n".join(drawn))
     gpu = "measured" if device.type == "cuda" else "not measured"

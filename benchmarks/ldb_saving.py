@@ -240,6 +240,7 @@ def main() -> None:
         found = measure(net, device, arguments.masks, rounds)
         rows += found
         print("\n".join(map(line, found)), flush=True)
+        write_json(arguments.out, {"rows": rows, **environment(device)})  # the next may fail
     gpu = "measured" if device.type == "cuda" else "not measured"
     print(f"threads: {torch.get_num_threads()}; GPU: {gpu}")
     sentence = verdict(rows)

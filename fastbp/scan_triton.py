@@ -57,15 +57,29 @@ def _chunk(steps: int, blocks: int) -> int:
 
 
 @triton.jit
-def _step(X, K, Q, s, n, steps, channels, HAS_Q: tl.constexpr, ACC: tl.constexpr):
-    """What enters at step s, counted from the end, and the factor on what came before it; 0 and 0 past the start."""
+def _load(X, K, Q, s, n, steps, channels, HAS_Q: tl.constexpr):
+    """What enters at step s, counted from the end, and the factor on what came before it; 0 and 0 past the start.
+
+    As it is stored: arithmetic here would wait for the memory, and all that is loaded after it would wait too.
+    """
     t = steps - 1 - s
     here = (n < channels) & (t >= 0)
     later = here & (s > 0)
-    x = tl.load(X + t * channels + n, mask=here, other=0.0).to(ACC)
+    x = tl.load(X + t * channels + n, mask=here, other=0.0)
+    k = tl.load(K + (t + 1) * channels + n, mask=later, other=0.0)
+    q = x
     if HAS_Q:
-        x += tl.load(Q + (t + 1) * channels + n, mask=later, other=0.0).to(ACC)
-    return x, tl.load(K + (t + 1) * channels + n, mask=later, other=0.0).to(ACC)
+        q = tl.load(Q + (t + 1) * channels + n, mask=later, other=0.0)
+    return x, q, k
+
+
+@triton.jit
+def _step(x, q, k, y, HAS_Q: tl.constexpr, ACC: tl.constexpr):
+    """The scan one step further."""
+    x = x.to(ACC)
+    if HAS_Q:
+        x += q.to(ACC)
+    return x + k.to(ACC) * y
 
 
 @triton.jit
@@ -76,20 +90,20 @@ def _ends(X, K, Q, E, P, steps, channels, size, HAS_Q: tl.constexpr, ACC: tl.con
     start = chunk * size
     y = tl.zeros([BLOCK], ACC)
     product = tl.full([BLOCK], 1.0, ACC)
-    x0, k0 = _step(X, K, Q, start, n, steps, channels, HAS_Q, ACC)
-    x1, k1 = _step(X, K, Q, start + 1, n, steps, channels, HAS_Q, ACC)
-    x2, k2 = _step(X, K, Q, start + 2, n, steps, channels, HAS_Q, ACC)
-    x3, k3 = _step(X, K, Q, start + 3, n, steps, channels, HAS_Q, ACC)
+    x0, q0, k0 = _load(X, K, Q, start, n, steps, channels, HAS_Q)
+    x1, q1, k1 = _load(X, K, Q, start + 1, n, steps, channels, HAS_Q)
+    x2, q2, k2 = _load(X, K, Q, start + 2, n, steps, channels, HAS_Q)
+    x3, q3, k3 = _load(X, K, Q, start + 3, n, steps, channels, HAS_Q)
     for s in range(start, start + size, 4):
-        y = x0 + k0 * y
-        y = x1 + k1 * y
-        y = x2 + k2 * y
-        y = x3 + k3 * y
+        y = _step(x0, q0, k0, y, HAS_Q, ACC)
+        y = _step(x1, q1, k1, y, HAS_Q, ACC)
+        y = _step(x2, q2, k2, y, HAS_Q, ACC)
+        y = _step(x3, q3, k3, y, HAS_Q, ACC)
         product = product * k0 * k1 * k2 * k3
-        x0, k0 = _step(X, K, Q, s + 4, n, steps, channels, HAS_Q, ACC)
-        x1, k1 = _step(X, K, Q, s + 5, n, steps, channels, HAS_Q, ACC)
-        x2, k2 = _step(X, K, Q, s + 6, n, steps, channels, HAS_Q, ACC)
-        x3, k3 = _step(X, K, Q, s + 7, n, steps, channels, HAS_Q, ACC)
+        x0, q0, k0 = _load(X, K, Q, s + 4, n, steps, channels, HAS_Q)
+        x1, q1, k1 = _load(X, K, Q, s + 5, n, steps, channels, HAS_Q)
+        x2, q2, k2 = _load(X, K, Q, s + 6, n, steps, channels, HAS_Q)
+        x3, q3, k3 = _load(X, K, Q, s + 7, n, steps, channels, HAS_Q)
     tl.store(E + chunk * channels + n, y, mask=n < channels)
     tl.store(P + chunk * channels + n, product, mask=n < channels)
 
@@ -101,23 +115,23 @@ def _scan(X, K, Q, E, P, Y, steps, channels, size, HAS_Q: tl.constexpr, ACC: tl.
     chunk = tl.program_id(1)
     inside = n < channels
     start = chunk * size
-    x0, k0 = _step(X, K, Q, start, n, steps, channels, HAS_Q, ACC)
-    x1, k1 = _step(X, K, Q, start + 1, n, steps, channels, HAS_Q, ACC)
-    x2, k2 = _step(X, K, Q, start + 2, n, steps, channels, HAS_Q, ACC)
-    x3, k3 = _step(X, K, Q, start + 3, n, steps, channels, HAS_Q, ACC)
+    x0, q0, k0 = _load(X, K, Q, start, n, steps, channels, HAS_Q)
+    x1, q1, k1 = _load(X, K, Q, start + 1, n, steps, channels, HAS_Q)
+    x2, q2, k2 = _load(X, K, Q, start + 2, n, steps, channels, HAS_Q)
+    x3, q3, k3 = _load(X, K, Q, start + 3, n, steps, channels, HAS_Q)
     y = tl.zeros([BLOCK], ACC)
     for c in range(0, chunk):
         end = tl.load(E + c * channels + n, mask=inside, other=0.0)
         y = end + tl.load(P + c * channels + n, mask=inside, other=0.0) * y
     for s in range(start, start + size, 4):
-        y0 = x0 + k0 * y
-        y1 = x1 + k1 * y0
-        y2 = x2 + k2 * y1
-        y = x3 + k3 * y2
-        x0, k0 = _step(X, K, Q, s + 4, n, steps, channels, HAS_Q, ACC)
-        x1, k1 = _step(X, K, Q, s + 5, n, steps, channels, HAS_Q, ACC)
-        x2, k2 = _step(X, K, Q, s + 6, n, steps, channels, HAS_Q, ACC)
-        x3, k3 = _step(X, K, Q, s + 7, n, steps, channels, HAS_Q, ACC)
+        y0 = _step(x0, q0, k0, y, HAS_Q, ACC)
+        y1 = _step(x1, q1, k1, y0, HAS_Q, ACC)
+        y2 = _step(x2, q2, k2, y1, HAS_Q, ACC)
+        y = _step(x3, q3, k3, y2, HAS_Q, ACC)
+        x0, q0, k0 = _load(X, K, Q, s + 4, n, steps, channels, HAS_Q)
+        x1, q1, k1 = _load(X, K, Q, s + 5, n, steps, channels, HAS_Q)
+        x2, q2, k2 = _load(X, K, Q, s + 6, n, steps, channels, HAS_Q)
+        x3, q3, k3 = _load(X, K, Q, s + 7, n, steps, channels, HAS_Q)
         t = steps - 1 - s
         tl.store(Y + t * channels + n, y0, mask=inside & (t >= 0))
         tl.store(Y + (t - 1) * channels + n, y1, mask=inside & (t >= 1))

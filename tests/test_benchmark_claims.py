@@ -119,3 +119,21 @@ def test_the_record_names_the_device_that_was_measured(script, monkeypatch, tmp_
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--quick", *flags])
     benchmark.main()
     assert json.loads((tmp_path / "out.json").read_text())["device"]["type"] == "cpu"
+
+
+@pytest.mark.parametrize("name", ["highway_deep", "highway_rnn", "ldb_saving"])
+def test_what_was_measured_is_kept_when_the_next_fails(script, monkeypatch, tmp_path, name):
+    benchmark, calls = script(name), []
+
+    def measure(*_):
+        calls.append(name)
+        if len(calls) == 2:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return []
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    monkeypatch.setattr(benchmark, "show", lambda _: None, raising=False)
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--quick", "--cpu"])
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        benchmark.main()
+    assert json.loads((tmp_path / "out.json").read_text())["device"]["type"] == "cpu"

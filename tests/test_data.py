@@ -235,6 +235,7 @@ def test_text_is_not_augmented(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_on_the_device_batches_are_the_same_and_nothing_waits():
     data = numbered(200, (3, 16, 16))
     there = data.to("cuda")

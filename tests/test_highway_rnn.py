@@ -157,7 +157,7 @@ def test_a_claim_that_does_not_hold_is_one_sentence_and_the_other_devices_are_no
     assert "1 of 2 claims do not hold: times the loop, GRU of 16, k = 5, L = 1024 is 2.50, at le" in str(ended.value)
     assert "claim (times torch's layer, most at least 1.5): of cuda, not measured" in capsys.readouterr().out
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(script, "environment", dict)
+    monkeypatch.setattr(script, "environment", lambda _: {})
     monkeypatch.setattr(sys, "argv", ["highway_rnn.py", "--out", str(out)])
     with pytest.raises(SystemExit) as ended:
         script.main()

@@ -123,7 +123,8 @@ def test_the_triton_kernels_in_the_interpreter():
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr[-2000:]
 
 
-COMPILED = """
+COMPILED = r"""
+import re
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -138,7 +139,14 @@ for kernel in (scan_triton._ends, scan_triton._scan):
         types |= {"Q": f"*{storage}", "HAS_Q": "constexpr", "ACC": "constexpr", "BLOCK": "constexpr"}
         source = ASTSource(kernel, types, constexprs={"HAS_Q": True, "ACC": acc, "BLOCK": 128})
         for capability in (80, 90):
-            assert triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm
+            assert made["cubin"]
+        loop = made["ttir"].rpartition("scf.for")[2]
+        loaded = set(re.findall(r"(%\w+) = tt\.load", loop))
+        assert len(loaded) == 12, f"x, k and q of four steps are {len(loaded)} loads"
+        for line in loop.splitlines():
+            read = loaded & set(re.findall(r"%\w+", line.partition(" = ")[2]))
+            assert not read, f"the loop waits for what it loads for the next four steps: {line.strip()}"
 print("compiled")
 """
 

@@ -34,6 +34,7 @@ Reference   Hershkovitch Neiterman, Ben-Artzi (2024), arXiv:2412.18027.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -189,6 +190,7 @@ class _LayerDropBack(WrappingEstimator):
         self.drawn_from = -1
 
     def start_epoch(self, epoch: int) -> EpochPlan:
+        _let_compiled_layers_see_masks()
         self.epoch, self.step, self.drawn_from, self.left, self.told = epoch, 0, -1, [], None
         self.dropping = self.method.is_dropping(epoch)
         plan = super().start_epoch(epoch)
@@ -309,6 +311,16 @@ def _refuse_rigid_ddp(model: nn.Module) -> None:
                 "LayerDropBack in DistributedDataParallel: the layers without a gradient change from step to step; "
                 "wrap the model with find_unused_parameters=True and without static_graph"
             )
+
+
+def _let_compiled_layers_see_masks() -> None:
+    """Has torch.compile look at `requires_grad` in every call, where it is in use.
+
+    Torch 2.11 skips that where the dictionary of a module's parameters is the one it saw last, and runs a graph that
+    was made for another mask; 2.14 does not.
+    """
+    if torch.__version__ < "2.14" and "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].config.skip_tensor_guards_with_matching_dict_tags = False
 
 
 class _RefusingReentrant:
