@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbp.flops import step_flops
-from fastbp.method import GradientEstimator, LossFn, Method, start_again
+from fastbp.method import GradientEstimator, LossFn, Method, start_again, uncompared
 from fastbp.methods import Backprop
 
 _LATE = 100  # epochs of this many periods on are as all later ones
@@ -53,7 +53,7 @@ def measure_costs(
     backprop, plain_bytes = step_flops(plain, x, y), _bytes(dict(plain.model.state_dict()))
     for name, method in methods.items():
         try:
-            estimator = method.bind(make_model().train(), loss_fn)
+            estimator = uncompared(method).bind(make_model().train(), loss_fn)
             estimator.prepare(x, y)
         except (TypeError, ValueError) as refusal:
             yield name, str(refusal)

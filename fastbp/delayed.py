@@ -197,10 +197,19 @@ class DelayedModule:
         return out
 
     def load(self, state: list[dict[str, Any]]) -> None:
-        """Rebuild the queue, graphs included, without touching buffers or the caller's generators."""
+        """Rebuild the queue, graphs included, without touching buffers or the caller's generators.
+
+        Raises:
+            ValueError: a batch was saved with parameters of other names.
+        """
         self.queue.clear()
         self._see_parameters()
         for item in state:
+            if set(item["wants_grad"]) != set(self.parameters):
+                raise ValueError(
+                    f"DDG: module {self.k} has other parameters than the saved one, of another model or from another "
+                    "version of fastbp; start this run anew"
+                )
             x = item["x"].to(self.device, copy=True).requires_grad_(self.k > 0)
             entry = InFlight(item["step"], x, dict(item["wants_grad"]))
             if self.mode != "replay":

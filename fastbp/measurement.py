@@ -45,15 +45,26 @@ def beside_backprop(
 
     Returns:
         what the step returned; (2,), cosine and relative error ‖ours - exact‖ / ‖exact‖, in float64.
+
+    Raises:
+        ValueError: hooks take the gradients away before they can be compared.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     before, start = [p.grad for p in parameters], _random_numbers(devices)
-    ours, out = _gradients(parameters, step)
+    if any(p._post_accumulate_grad_hooks for p in parameters):
+        raise ValueError(
+            "comparing a gradient with backprop's needs it in p.grad, but parameters have hooks that take it away as "
+            "it comes, such as an optimizer that runs in the backward; set cosine_every to 0"
+        )
+    for p in parameters:
+        p.grad = None
+    out = step()
+    ours = [p.grad for p in parameters]
     kept = [buffer.clone() for buffer in model.buffers()]
     cuda = [place for place in devices if place.type == "cuda"]
     with measurement(), torch.random.fork_rng(cuda):
         _set_random_numbers(start)
-        exact, _ = _gradients(parameters, lambda: loss().backward())
+        exact = torch.autograd.grad(loss(), parameters, allow_unused=True)
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), kept, strict=True):
             buffer.copy_(value)
@@ -79,14 +90,6 @@ def agreement(ours: Sequence[Tensor | None], exact: Sequence[Tensor | None]) -> 
         return torch.full((2,), float("nan"), dtype=torch.float64)
     product, aa, bb, difference = torch.stack([term.to(terms[0].device) for term in terms]).sum(0)
     return torch.stack([product / (aa * bb).sqrt(), (difference / bb).sqrt()])
-
-
-def _gradients(parameters: Sequence[nn.Parameter], step: Callable[[], T]) -> tuple[list[Tensor | None], T]:
-    """What the step alone adds, and what it returned."""
-    for p in parameters:
-        p.grad = None
-    out = step()
-    return [p.grad for p in parameters], out
 
 
 def _random_numbers(devices: Sequence[torch.device]) -> dict[torch.device, Tensor]:

@@ -322,6 +322,14 @@ def reseed(method: Method, seed: int) -> Method:
     )
 
 
+def uncompared(method: Method) -> Method:
+    """The same combination without the steps that only measure, `cosine_every`: what its own work costs."""
+    return nest(
+        replace(part, cosine_every=0) if any(f.name == "cosine_every" for f in fields(part)) else part  # type: ignore[call-arg]
+        for part in parts(method)
+    )
+
+
 def method_from_dict(data: dict[str, Any]) -> Method:
     """The inverse of `Method.to_dict`; also builds a method from the mapping of a sweep file.
 

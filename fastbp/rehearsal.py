@@ -17,7 +17,7 @@ from torch import nn
 from fastbp.config import RunConfig
 from fastbp.data import Dataset
 from fastbp.flops import step_flops
-from fastbp.method import EpochPlan, GradientEstimator, reseed, start_again
+from fastbp.method import EpochPlan, GradientEstimator, reseed, start_again, uncompared
 from fastbp.seeding import mixed, seeded
 
 _STEPS = 3  # per kind of epoch
@@ -74,7 +74,7 @@ class Rehearsal:
     def _copy(self, data: Dataset) -> Iterator[tuple[GradientEstimator, torch.optim.Optimizer]]:
         recipe, seed = self.config.recipe, self.config.seed
         with seeded(self.devices, mixed(seed)):
-            estimator = reseed(self.config.method, seed).bind(self.make_model(), recipe.make_loss())
+            estimator = uncompared(reseed(self.config.method, seed)).bind(self.make_model(), recipe.make_loss())
             with recipe.precision_context(self.devices[0]):
                 estimator.prepare(*data.dummy_batch(recipe.batch_size))
             optimizer = recipe.make_optimizer(estimator.param_groups())

@@ -307,7 +307,7 @@ class Run:
         if state["run_key"] != self.config.key:
             raise ValueError(
                 f"checkpoint belongs to run {state['run_key']}, this is run {self.config.key}: "
-                "task, recipe, method or seed differ; start this run anew"
+                "task, recipe, method or seed differ, or another version of fastbp saved it; start this run anew"
             )
         for name in ("epoch", "examples", "steps", "status", "reason", "best_val_accuracy", "started_at"):
             setattr(self, name, state[name])

@@ -15,6 +15,7 @@ import torch
 
 from fastbp.config import RunConfig
 from fastbp.data import Dataset
+from fastbp.method import uncompared
 from fastbp.recipe import Recipe
 from fastbp.run import Run
 from fastbp.staged import StagedRun, open_run, stages
@@ -133,7 +134,8 @@ def _pilot(
     data: Dataset | None,
 ) -> Pilot:
     recipe = config.recipe
-    piloted = replace(config, recipe=replace(recipe, epochs=recipe.epochs + 1, eval_every_epochs=1))  # none is the last
+    longer = replace(recipe, epochs=recipe.epochs + 1, eval_every_epochs=1)  # no epoch is the last
+    piloted = replace(config, recipe=longer, method=uncompared(config.method))  # in few steps it would weigh too much
     if stages(config.method) == 1:
         run: Run | StagedRun = Run(piloted, device=device, threads=threads, data=data)
     else:

@@ -7,16 +7,21 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fastbp import Backprop, DecorrelatedBP, HighwayBP, LayerDropBack
+from fastbp import DDG, Backprop, DecorrelatedBP, HighwayBP, LayerDropBack
 from fastbp.chain import Chain, Residual
+from fastbp.config import RunConfig, Task
 from fastbp.measurement import agreement, beside_backprop, measuring
+from fastbp.method import uncompared
 from fastbp.models import make_model
+from fastbp.recipe import Recipe
+from fastbp.run import Run
 
 MEASURED = HighwayBP(iterations=1, cosine_every=2)
 ALL = [
     MEASURED,
     replace(MEASURED, combination="min_residual", tolerance=0.1),
     LayerDropBack(unit="tensor", inner=MEASURED),
+    LayerDropBack(unit="prefix", inner=MEASURED),
     DecorrelatedBP(decor_lr=1e-2, sample_fraction=1.0, inner=MEASURED),
 ]
 
@@ -115,6 +120,26 @@ def test_a_gradient_that_only_one_has_counts():
     cosine, error = agreement([one, None, None], [one, two, None]).tolist()
     assert (cosine, error) == pytest.approx((25 / (5 * 50**0.5), 5 / 50**0.5))
     assert agreement([None], [None]).isnan().all()
+
+
+def test_an_optimizer_in_the_backward_is_refused():
+    model = dropout_net()
+    estimator = HighwayBP(iterations=1, cosine_every=1).bind(model, cross_entropy)
+    next(model.parameters()).register_post_accumulate_grad_hook(lambda p: None)
+    with pytest.raises(ValueError, match="an optimizer that runs in the backward"):
+        estimator.backward(*batch(0))
+
+
+def test_the_comparison_is_no_part_of_counted_flops():
+    counts = set()
+    for every in (0, 1, 4):
+        method = HighwayBP(iterations=1, cosine_every=every)
+        task = Task("digits", "resnet_tiny", {"limit": 64}, {"blocks": 2, "width": 4})
+        run = Run(RunConfig(task, Recipe(epochs=1, batch_size=16), method))
+        counts.add(run.train_epoch().flops_executed)
+        assert ("highway/cosine" in run.estimator.metrics()) == bool(every)
+    assert len(counts) == 1, counts
+    assert uncompared(LayerDropBack(inner=DDG(cosine_every=3))) == LayerDropBack(inner=DDG())
 
 
 def test_hooks_are_told_and_random_numbers_go_on_where_the_step_left_them():
