@@ -184,12 +184,14 @@ def _headline(group: Group, comparisons: Iterable[Comparison], baselines: list[A
         return _use(group, winners, decided)
     trades = [c for c in decided if c.verdict == "trade-off"]
     base = baselines[0].name
+    open_ones = ", ".join(c.arm.name for c in comparisons if c.verdict == "not enough data")
+    unjudged = f" Not enough data to judge {open_ones}." if open_ones else ""
     if trades:
         listed = "; ".join(f"{c.arm.name}: {c.sentence}" for c in trades)
-        return f"Stay with {base} unless the trade suits you. {listed}."
+        return f"Stay with {base} unless the trade suits you. {listed}.{unjudged}"
     if any(c.verdict == "undecided" for c in decided):
-        return f"Stay with {base}: no method is shown to be faster or more accurate."
-    return f"Stay with {base}: every method that could be judged is worse."
+        return f"Stay with {base}: no method is shown to be faster or more accurate.{unjudged}"
+    return f"Stay with {base}: every method that could be judged is worse.{unjudged}"
 
 
 def _use(group: Group, winners: list[Comparison], decided: list[Comparison]) -> str:
@@ -228,9 +230,13 @@ def _basis(group: Group, baselines: list[Arm]) -> str:
         if accuracy.value is not None and seconds.value is not None:
             text += (
                 f" The baseline {arm.name} reaches {estimate(accuracy, 'percent')} % {group.accuracy_name} "
-                f"in {estimate(seconds, 'seconds')} s of training."
+                f"in {estimate(seconds, 'seconds')} s of training{_of_fewer(group, arm)}."
             )
     return text
+
+
+def _of_fewer(group: Group, arm: Arm) -> str:
+    return f" (with {arm.n} of the seeds)" if arm.n < len(group.seeds) else ""
 
 
 def _notes(group: Group, comparisons: Iterable[Comparison]) -> Iterable[str]:

@@ -108,7 +108,9 @@ def costs_table(title: str, costs: Mapping[str, Cost | str]) -> Table:
     table.add_column("FLOPs of a step\n/ backprop's", justify="right")
     table.add_column("mean over\nepochs", justify="right")
     table.add_column("extra state\nMB", justify="right")
-    table.add_column("")
+    remarks = any(isinstance(cost, str) or len(cost.step_flops) > 1 for cost in costs.values())
+    if remarks:
+        table.add_column("of")
     for name, cost in costs.items():
         if isinstance(cost, str):
             table.add_row(escape(name), "-", "-", "-", escape(cost))
@@ -116,7 +118,7 @@ def costs_table(title: str, costs: Mapping[str, Cost | str]) -> Table:
         steps = [f"{ratio:.3f}" for ratio in cost.step_flops.values()] or ["not counted"]
         mean = "-" if cost.mean_flops is None else f"{cost.mean_flops:.3f}"
         kinds = [f"{kind or 'other'} epochs" for kind in cost.step_flops] if len(cost.step_flops) > 1 else []
-        row = ("\n".join(steps), mean, f"{cost.state_bytes / 1e6:.3f}", "\n".join(kinds))
+        row = ["\n".join(steps), mean, f"{cost.state_bytes / 1e6:.3f}", *(["\n".join(kinds)] if remarks else [])]
         table.add_row(escape(name), *row)
     return table
 

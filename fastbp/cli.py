@@ -76,18 +76,19 @@ def train(
     try:
         if not as_json:
             _print_split(run.split_table())
-        record = _recorded(run, RecordWriter(out) if out else None, quiet=as_json)
+        record, metrics = _recorded(run, RecordWriter(out) if out else None, quiet=as_json)
     finally:
         run.close()
     if as_json:
         sys.stdout.write(to_line(record))
     else:
-        _print_record(record)
+        _print_record(record, metrics)
     if record.status != "finished":
         raise typer.Exit(1)
 
 
-def _recorded(run: Run | StagedRun, writer: RecordWriter | None, *, quiet: bool) -> RunRecord:
+def _recorded(run: Run | StagedRun, writer: RecordWriter | None, *, quiet: bool) -> tuple[RunRecord, dict[str, float]]:
+    """The run's record, and the method's metrics after the last epoch."""
     if writer:
         writer.write(run.start_record())
     try:
@@ -99,7 +100,8 @@ def _recorded(run: Run | StagedRun, writer: RecordWriter | None, *, quiet: bool)
         raise
 
 
-def _drive(run: Run | StagedRun, writer: RecordWriter | None, *, quiet: bool) -> RunRecord:
+def _drive(run: Run | StagedRun, writer: RecordWriter | None, *, quiet: bool) -> tuple[RunRecord, dict[str, float]]:
+    metrics: dict[str, float] = {}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -112,6 +114,7 @@ def _drive(run: Run | StagedRun, writer: RecordWriter | None, *, quiet: bool) ->
         )
         while not run.done:
             epoch = run.train_epoch()
+            metrics = epoch.metrics
             if writer:
                 writer.write(epoch)
             progress.update(task, advance=1, state=_state(epoch, run.recipe.epochs))
@@ -120,7 +123,7 @@ def _drive(run: Run | StagedRun, writer: RecordWriter | None, *, quiet: bool) ->
     record = run.end()
     if writer:
         writer.write(record)
-    return record
+    return record, metrics
 
 
 def _state(epoch: EpochRecord, epochs: int) -> str:
@@ -156,11 +159,11 @@ def _print_split(rows: list[dict[str, float]]) -> None:
     console.print(table)
 
 
-def _print_record(record: RunRecord) -> None:
+def _print_record(record: RunRecord, metrics: dict[str, float]) -> None:
     table = Table(title=f"run {record.run_key}", show_header=False)
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
-        if field.name in ("kind", "schema_version", "run_key", "attempt") or value in ("", {}):
+        if field.name in ("kind", "schema_version", "run_key", "attempt", "exclusive") or value in ("", {}):
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{k}={json.dumps(v)}" for k, v in value.items())
@@ -169,6 +172,8 @@ def _print_record(record: RunRecord) -> None:
         elif isinstance(value, float):
             value = f"{value:.6g}"
         table.add_row(field.name, str(value))
+    for name, number in metrics.items():
+        table.add_row(name, f"{number:.6g}")
     console.print(table)
 
 

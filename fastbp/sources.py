@@ -140,7 +140,7 @@ def synthetic(
     """
     shape = tuple(shape) if isinstance(shape, tuple | list) else (shape,)
     if len(shape) != 3:
-        raise ValueError(f"data 'synthetic': shape = {shape!r}: expected three whole numbers, channels, height, width")
+        raise ValueError(f"data 'synthetic': shape = {shape!r}: expected [channels, height, width]")
     whole("synthetic", "classes", classes, 2)
     for name, value, low in (("n", n, 6 * classes), ("seed", seed, 0), *(("shape", s, 1) for s in shape)):
         whole("synthetic", name, value, low)

@@ -164,7 +164,9 @@ def _summary(folder: Path, console: Console, outcome: Outcome) -> int:
         shared = (
             f"{outcome.contaminated} measured run{'s'[: outcome.contaminated > 1]} shared the device with other work"
         )
-        _say(console, f"warning: {shared}; run the same command with --remeasure on a quiet machine")
+        command = f"{_command('fastbp-sweep')} run {shlex.quote(str(folder / 'sweep.yaml'))}"
+        _say(console, f"warning: {shared}; on a quiet machine, to measure again:")
+        _say(console, f"         {command} --out {shlex.quote(str(folder))} --remeasure")
     if outcome.interrupted:
         _say(console, "interrupted; the same command continues")
         return 128 + outcome.interrupted

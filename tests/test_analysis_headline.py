@@ -41,6 +41,24 @@ def test_what_is_more_accurate_at_a_price_is_said(tmp_path):
     assert "More accurate, at a price: dbp (+4.98 points at a speed-up of 0.71×)." in found
 
 
+def test_what_could_not_be_judged_is_said(tmp_path):
+    rng, lines = random.Random(0), [sweep_line()]
+    for seed in range(5):
+        for arm, role, method in (("bp", "baseline", bp()), ("ldb", "method", ldb()), ("dbp", "method", dbp())):
+            if arm != "dbp" or seed == 0:
+                seconds = 10 * rng.gauss(1, 0.003)
+                lines.append(run_line(arm=arm, role=role, method=method, seed=seed, train_seconds=seconds))
+    _, (group,) = groups_of(tmp_path, lines)
+    assert answer(group).headline.endswith("faster or more accurate. Not enough data to judge dbp.")
+
+
+def test_a_baseline_of_fewer_seeds_says_so(tmp_path):
+    lines = [run_line(seed=seed) for seed in range(3)]
+    lines += [run_line(arm="ldb", role="method", method=ldb(), seed=seed) for seed in range(5)]
+    _, (group,) = groups_of(tmp_path, [sweep_line(), *lines])
+    assert answer(group).basis.endswith("s of training (with 3 of the seeds).")
+
+
 def test_times_of_a_column_have_one_number_of_decimals():
     column, text = Column("s", "s", "seconds"), Column("s", "s", "seconds", shown=False)
     table = Table("t", "t", "", [column, text], [{"s": 101.234}, {"s": 82.61}, {"s": None}, {"s": float("inf")}])

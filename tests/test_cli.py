@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -34,6 +35,12 @@ def test_train_prints_and_writes_its_record(tmp_path):
     (run,) = last_runs(read_records(path)).values()
     assert run.method["inner"]["drop_rate"] == 0.3
     assert f"run {run.run_key}" in out
+
+
+def test_train_prints_the_methods_own_numbers():
+    out, _ = fastbp("train", "--method", "highway", "--set", "iterations=1", "--set", "cosine_every=1", *SMALL)
+    assert re.search(r"highway/iterations\s+│ 1 ", out), out
+    assert re.search(r"highway/cosine\s+│ 0\.[0-9]+ ", out), out
 
 
 def test_train_json_is_the_record_alone():

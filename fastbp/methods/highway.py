@@ -7,23 +7,23 @@ Needs       Chain of Residual blocks, or a model that `as_chain` can see into; o
             over time, where a block is a step. Leaf. The plain model, neither in DistributedDataParallel nor in
             torch.compile; activation checkpoints with use_reentrant=False and no batch norm inside.
 Cost        Forward as backprop. k rounds of input VJPs of all blocks (parallel over blocks in principle), then one
-            pass for the parameters: about (k+3)/3 of backprop's FLOPs; `batched` adds one forward of the blocks.
+            pass for the parameters: (k+2)/3 to (k+3)/3 of backprop's FLOPs; `batched` adds one forward of the blocks.
             Memory at depth: backprop's, held longer, plus three states per block (k more with min_residual). Over time,
             in sequences (T, B, hidden) per layer beside input, output and gradient: 11 for a GRU, 14 for an LSTM (16 as
             `ch`), up to 2 more with gamma; with min_residual k + 12 and 2 k + 16 (`ch`: 2 k + 17).
             `devices` share out blocks, weights and memory and all work in a round, launched by one thread; the forward
             goes from one to the next. Speed on several GPUs: not measured.
             Over time a round is one matrix product and one scan for all steps: cheap beside a step-by-step backward. On
-            one CPU thread, batch 8, 1024 steps, k = 5, a GRU's training step is 6.6 times as fast as a Python loop's
-            and 4.8 times as fast as with torch's own layer at width 16 (cosine to the layer's gradient .96; k = 20:
-            4.1, 3.0, 1.00), 2.4 and 2.0 times at width 64 (.82); an LSTM's 10 and 0.5 times at width 16, 2.3 and 0.3 at
-            64: torch has one kernel for all of its steps there (benchmarks/highway_rnn.py). gamma = 1 with a loss on
+            one CPU thread, batch 8, 1024 steps, k = 5, a GRU's training step is 5.6 times as fast as a Python loop's
+            and 4.6 times as fast as with torch's own layer at width 16 (cosine to the layer's gradient .96; k = 20:
+            3.8, 3.1, 1.00), 2.2 and 1.9 times at width 64 (.82); an LSTM's 9.4 and 0.5 times at width 16, 2.3 and 0.3
+            at 64: torch has one kernel for all of its steps there (benchmarks/highway_rnn.py). gamma = 1 with a loss on
             the last step is truncated backprop and works on the last n k + 1 steps of the n-th layer from the top.
-            At depth it is at no k faster than backprop on a CPU. The better of the two forms over the better of eager
-            and compiled backprop, k = 0, 3, 5: 0.69, 0.48, 0.42 times as fast on a GPT of 24 blocks of width 32 and 8
-            tokens; 0.86, 0.38, 0.27 with width 64 and 8 x 64 tokens; 0.94 [0.93, 1.02], 0.47, 0.36 on a ResNet-110
-            (benchmarks/highway_deep.py). Over eager backprop alone `batched` wins on the smallest net: 1.15 [1.04,
-            1.26] at k = 0. Cosines after 200 steps, k = 0, 3: .42 to .64, .98 to 1.00; of the ResNet-110 .08, .42.
+            At depth it is slower than backprop on a CPU at every k. The better of the two forms over the better of
+            eager and compiled backprop, k = 0, 3, 5: 0.73, 0.52, 0.44 times as fast on a GPT of 24 blocks of width 32
+            and 8 tokens; 0.86, 0.38, 0.29 with width 64 and 8 x 64 tokens; 0.94 [0.90, 0.96], 0.47, 0.36 on a
+            ResNet-110 (benchmarks/highway_deep.py). Over eager backprop alone `batched` wins on the smallest net: 1.20
+            [1.11, 1.45] at k = 0. Cosines after 200 steps, k = 0, 3: .42 to .64, .98 to 1.00; ResNet-110: .08, .42.
 Departs     Rounds run as a serial loop over blocks, so on one device every k >= 1 is slower than backprop; with
             `batched`, blocks of equal structure are one call, and `bind` refuses nets without any. Between `devices`
             the scan is walked, one tensor per cut, where log2(devices) hops would do. A round skips blocks whose signal
