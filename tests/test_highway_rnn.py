@@ -120,8 +120,10 @@ def test_graphs_take_the_gradient_of_their_step(script, cell, capsys):
 def test_graphs_are_compared_with_graphs(script):
     seconds = {"loop": [8.0], "layer": [4.0], "5": [2.0], "loop graph": [3.0], "5 graph": [1.0]}
     found = {name: ratio[0] for name, ratio in script.speedups(seconds, 5).items()}
-    assert found == {"times_loop": 4.0, "times_layer": 2.0, "times_loop_graph": 3.0}
+    assert found == {"times_loop": 4.0, "times_layer": 2.0, "times_loop_graph": 3.0, "times_fastest_layer": 4.0}
     assert script.speedups(seconds, 20) == {}
+    slower = {**seconds, "layer graph": [3.5], "5 graph": [2.5]}
+    assert script.speedups(slower, 5)["times_fastest_layer"][0] == 1.75, "a graph only where it is faster"
 
 
 def row(script, **values):
@@ -134,6 +136,10 @@ def test_figures_and_map(script):
     slow = row(script, cell="lstm", times_loop=[2.0, 1.9, 2.1], times_layer=[1.1, 0.9, 1.2])
     best = row(script, k=0, times_loop=[9.0, 8.0, 9.5], times_layer=[2.0, 1.9, 2.2])
     assert list(script.figures([row(script), best, slow], "cuda").values()) == [2.0, 2.0]
+    graph = row(script, times_fastest_layer=[0.9, 0.8, 1.0])
+    assert list(script.figures([graph, slow], "cuda").values()) == [2.0, 1.1], "both in their faster form"
+    assert script.wins(row(script))
+    assert not script.wins(graph)
     narrow = row(script, width=16, times_loop=[5.0, 4.8, 5.1])
     assert list(script.figures([best, narrow, slow], "cpu").values()) == [5.0, 1.6]
     assert all(math.isnan(figure) for figure in script.figures([best, slow], "cpu").values())
