@@ -124,15 +124,7 @@ def test_status_and_sync_of_the_folder(sweep):
     assert "MLflow agrees" in sync.output, sync.output
 
 
-def test_a_changed_file_in_the_same_folder_is_refused(sweep):
-    folder, _ = sweep
-    (folder / "changed.yaml").write_text(SWEEP.format(flag=folder / "flag").replace("trials: 2", "trials: 3"))
-    result = invoke(folder, "run", "changed.yaml", "--no-report")
-    assert result.exit_code != 0
-    assert "another `name`, or another folder with --out" in str(result.exception), f"{result.exception!r}"
-
-
-def test_a_sweep_without_failures_exits_with_zero(ray, tmp_path):
+def test_a_sweep_without_failures_exits_with_zero_and_a_changed_file_is_refused(ray, tmp_path):
     text = SWEEP.format(flag=tmp_path / "flag")
     text = "".join(line for line in text.splitlines(True) if not line.startswith(("  broken", "  nan", "  flaky")))
     (tmp_path / "faults.yaml").write_text(text)
@@ -143,6 +135,10 @@ def test_a_sweep_without_failures_exits_with_zero(ray, tmp_path):
     expected = {("search", "bp", 1): 1, ("search", "ldb", 1): 1, ("measure", "bp", 1): 1, ("measure", "ldb", 1): 2}
     assert found == expected, f"a smoke run made {found}"
     assert not (tmp_path / "mlruns.db").exists(), "--no-mlflow made a store"
+    (tmp_path / "changed.yaml").write_text(text.replace("[0.01, 0.5]", "[0.02, 0.5]"))
+    result = invoke(tmp_path, "run", "changed.yaml", "--smoke", "--no-report", "--no-mlflow")
+    assert result.exit_code != 0
+    assert "another `name`, or another folder with --out" in str(result.exception), f"{result.exception!r}"
 
 
 STUMBLES = """\
