@@ -31,6 +31,7 @@ from fastbp.highway_schedule import ScheduledEstimator
 from fastbp.method import LossFn
 from fastbp.recurrent import Recurrent
 from fastbp.units import unwrapped
+from fastbp.view_parts import refuse_wrapped
 
 if TYPE_CHECKING:
     from fastbp.methods.highway import HighwayBP
@@ -48,29 +49,16 @@ def sees_over_time(model: nn.Module) -> TypeGuard[Recurrent]:
         kind = type(model)
         if kind.forward is Recurrent.forward and kind.compute is Recurrent.compute:
             return True
-    _refuse_wrapped(model)
+    inside = model.module if isinstance(model, nn.DataParallel) else unwrapped(model)
+    if isinstance(inside, Recurrent) and inside is not model:
+        past = f"HighwayBP runs the layers of a Recurrent itself, past this {type(model).__name__}"
+        refuse_wrapped(model, past, "Recurrent")
     if not isinstance(model, Chain | nn.Sequential) and any(isinstance(m, nn.RNNBase) for m in model.modules()):
         raise TypeError(
             f"HighwayBP cannot see into the recurrent layers of this {type(model).__name__}; "
             "pass a fastbp.Recurrent(stem, layers, head, last_step=...)"
         )
     return False
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    """Raises TypeError for a wrapper around a `Recurrent`, past which its layers are run."""
-    inside = model.module if isinstance(model, nn.DataParallel) else unwrapped(model)
-    if inside is model or not isinstance(inside, Recurrent):
-        return
-    past = f"HighwayBP runs the layers of a Recurrent itself, past this {type(model).__name__}, which would"
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError(
-            f"{past} average no gradients, whether it is there before `bind` or comes after; pass the Recurrent (its "
-            "`.module`), wrap it in nothing, and all-reduce every p.grad after `backward`"
-        )
-    if isinstance(model, nn.DataParallel):
-        raise TypeError(f"{past} split no batch; pass the Recurrent (its `.module`) and wrap it in nothing")
-    raise TypeError(f"{past} compile nothing; pass the Recurrent that torch.compile was given and wrap it in nothing")
 
 
 class HighwayOverTime(ScheduledEstimator):

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from fastbp.chain import AddReLU, Residual, ShortcutAdd
+from fastbp.units import wrappings
 
 INSTEAD = (
     "pass a fastbp.Chain, an nn.Sequential of fastbp.Residual blocks or with an nn.TransformerEncoder, or a plain "
@@ -50,3 +51,22 @@ def post_activation(model: Any, branch: list[nn.Module], shortcut: nn.Module | N
 class FirstToken(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x[:, 0]
+
+
+def refuse_wrapped(model: nn.Module, past: str, plain: str) -> None:
+    """Raises TypeError for a wrapper whose own work would be passed by in silence; others are let through.
+
+    Args:
+        model: that may be one.
+        past: how a sentence begins that says so.
+        plain: what to pass instead.
+    """
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise TypeError(
+            f"{past}, so that it would average no gradients, whether it is there before `bind` or comes after; pass "
+            f"the {plain} (its `.module`) and all-reduce every p.grad after `backward`"
+        )
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(f"{past}, so that it would split no batch; pass the {plain} (its `.module`)")
+    if len(list(wrappings(model))) > 1:
+        raise TypeError(f"{past}, so that nothing would be compiled; pass the {plain} that torch.compile was given")

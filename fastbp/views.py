@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from fastbp.chain import Chain, Replace, Residual, transition
 from fastbp.recurrent import Recurrent
-from fastbp.units import wrappings
-from fastbp.view_parts import INSTEAD, class_of, is_a, refuse
+from fastbp.view_parts import INSTEAD, class_of, is_a, refuse, refuse_wrapped
 from fastbp.views_timm import TIMM_VIEWS
 from fastbp.views_torch import TORCH_VIEWS
 
@@ -60,25 +59,12 @@ def as_chain(model: nn.Module) -> Chain:
         )
     view = _VIEWS.get(class_of(model))
     if view is None:
-        _refuse_wrapped(model)
+        past = f"as_chain cannot see into a {class_of(model)}: HighwayBP and DDG call the blocks themselves, past it"
+        refuse_wrapped(model, past, "plain model")
         raise TypeError(f"as_chain cannot see into a {class_of(model)}: {INSTEAD}")
     if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
         refuse(model, "gradient checkpointing is on; call model.set_grad_checkpointing(False)")
     return view(model)
-
-
-def _refuse_wrapped(model: nn.Module) -> None:
-    """Raises TypeError for a wrapper, whose own work a view would go past in silence."""
-    past = f"as_chain cannot see into a {class_of(model)}: HighwayBP and DDG call the blocks themselves, past"
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        raise TypeError(
-            f"{past} the wrapper, which would average no gradients, whether it is there before `bind` or comes after; "
-            "pass the plain model (its `.module`) and all-reduce every p.grad after `backward`"
-        )
-    if isinstance(model, nn.DataParallel):
-        raise TypeError(f"{past} the wrapper, which would split no batch; pass the plain model (its `.module`)")
-    if len(list(wrappings(model))) > 1:
-        raise TypeError(f"{past} the compiled forward; pass the model that torch.compile was given")
 
 
 def _sequential(model: nn.Module) -> Chain:

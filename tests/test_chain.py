@@ -507,7 +507,10 @@ class OtherLayer(nn.TransformerEncoderLayer):
         (checkpointing, r"set_grad_checkpointing\(False\)"),
         (data_parallel, r"DistributedDataParallel: .* average no gradients.* pass the plain model .*all-reduce"),
         (lambda: nn.DataParallel(small_chain()), r"DataParallel: .* split no batch; pass the plain model"),
-        (lambda: torch.compile(small_chain()), r"OptimizedModule: .* pass the model that torch.compile was given"),
+        (
+            lambda: torch.compile(small_chain()),
+            r"OptimizedModule: .* pass the plain model that torch.compile",
+        ),
     ],
 )
 def test_unsupported_variants_are_named(make, message):

@@ -476,17 +476,17 @@ def process_group():
     [
         (
             nn.parallel.DistributedDataParallel,
-            "average no gradients, whether it is there before `bind` or comes after;",
+            "it would average no gradients, whether it is there before `bind` or comes after;",
         ),
-        (nn.DataParallel, r"split no batch; pass the Recurrent \(its `\.module`\) and wrap it in nothing$"),
-        (torch.compile, "compile nothing; pass the Recurrent that torch.compile was given and wrap it in nothing$"),
+        (nn.DataParallel, r"it would split no batch; pass the Recurrent \(its `\.module`\)$"),
+        (torch.compile, "nothing would be compiled; pass the Recurrent that torch.compile was given$"),
     ],
     ids=["DistributedDataParallel", "DataParallel", "compiled"],
 )
 def test_a_wrapped_net_is_told_from_another(wrap, told, process_group):
     model, _, _ = net_and_batch("gru")
     wrapped = wrap(model)
-    said = f"^HighwayBP runs the layers of a Recurrent itself, past this {type(wrapped).__name__}, which would {told}"
+    said = f"^HighwayBP runs the layers of a Recurrent itself, past this {type(wrapped).__name__}, so that {told}"
     with pytest.raises(TypeError, match=said):
         HighwayBP().bind(wrapped, tokens_loss)
 
